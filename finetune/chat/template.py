@@ -1,0 +1,198 @@
+"""The model's own chat template: compiled once, rendered in a sandbox exactly as transformers renders it.
+
+A template comes with a model from the internet, so it is untrusted code. The sandbox keeps it from reaching Python;
+the budget below keeps it from running or growing without end.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+
+from finetune.errors import CheckpointError
+
+# A conversation of 1,000 turns takes a few thousand steps and well under a megabyte.
+MAX_STEPS = 1_000_000
+MAX_CHARACTERS = 64_000_000
+_WIDE_FORMAT = re.compile(r"\d{6,}|\*")
+
+
+class TemplateFault(Exception):
+    """The template refused or could not render these messages; the text says why."""
+
+
+class _Generation(Extension):
+    """`{% generation %}` blocks render as their body; supervised characters are found by prefixes instead."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller) -> str:
+        return caller()
+
+
+class _Counted:
+    """An iterable whose items are taken from the budget of the running render. Keeps `len`, which `loop` uses."""
+
+    def __init__(self, items: Any, environment: "_Environment"):
+        self.items = items
+        self.environment = environment
+
+    def __iter__(self):
+        spend = self.environment.spend
+        for item in self.items:
+            spend()
+            yield item
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox with a budget: loop items and calls are steps, and no text may outgrow MAX_CHARACTERS."""
+
+    intercepted_binops = frozenset(["*", "**", "+", "%"])
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.steps = 0
+        self.filters["tojson"] = _tojson
+        self.filters["_counted"] = lambda items: _Counted(items, self)
+        self.filters["_concatenated"] = self._concatenate
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+
+    def spend(self) -> None:
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise SecurityError(f"the template did not end within {MAX_STEPS:,} steps")
+
+    def call(self, context, function, *args, **kwargs):
+        self.spend()
+        return super().call(context, function, *args, **kwargs)
+
+    def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "*":
+            for text, times in ((left, right), (right, left)):
+                if isinstance(text, (str, list, tuple)) and isinstance(times, int):
+                    self._check_length(len(text) * times)
+        elif operator == "**" and isinstance(right, (int, float)) and abs(right) > 64:
+            raise SecurityError("a power above 64")
+        elif operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
+            raise SecurityError("text formatting with a width above 99,999")
+        result = super().call_binop(context, operator, left, right)
+        if operator == "+" and isinstance(result, (str, list)):
+            self._check_length(len(result))
+        return result
+
+    def _concatenate(self, parts: list[Any]) -> str:
+        text = "".join(map(str, parts))
+        self._check_length(len(text))
+        return text
+
+    def _check_length(self, length: int) -> None:
+        if length > MAX_CHARACTERS:
+            raise SecurityError(f"the template builds a text of {length:,} characters")
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = _filtered(loop.iter, "_counted")
+        _wrap_concatenations(tree)
+        return tree
+
+
+def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
+    wrapped = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+    wrapped.set_environment(node.environment)
+    return wrapped
+
+
+def _wrap_concatenations(node: nodes.Node) -> None:
+    """Replace every `a ~ b` below `node` by a call that checks the length of the result."""
+    for field, value in list(node.iter_fields()):
+        if isinstance(value, nodes.Node):
+            setattr(node, field, _wrapped_concatenation(value))
+        elif isinstance(value, list):
+            setattr(node, field, [_wrapped_concatenation(x) if isinstance(x, nodes.Node) else x for x in value])
+
+
+def _wrapped_concatenation(node: nodes.Node) -> nodes.Node:
+    _wrap_concatenations(node)
+    if not isinstance(node, nodes.Concat):
+        return node
+    parts = nodes.List(node.nodes, lineno=node.lineno)
+    parts.set_environment(node.environment)
+    return _filtered(parts, "_concatenated")
+
+
+def _tojson(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:
+    # Jinja's own filter escapes HTML characters; transformers' does not.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str):
+    raise TemplateFault(message)
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Attributes:
+        source: The Jinja text.
+        knows_tools: Whether the template reads `tools` at all; if not, tool definitions vanish silently.
+        knows_tool_calls: Whether it renders an assistant message's `tool_calls`.
+    """
+
+    def __init__(self, source: str, where: str = "chat template"):
+        self.source = source
+        self._environment = _Environment()
+        try:
+            self._compiled = self._environment.from_string(source)
+            tree = self._environment.parse(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(
+                f"the chat template is not valid Jinja: {error}",
+                where=where,
+                fix="Correct the template, or copy the tokenizer files from the original model.",
+            ) from error
+        self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
+        self.knows_tool_calls = "tool_calls" in source
+
+    def render(self, messages: list[dict], *, add_generation_prompt: bool = False, **variables: Any) -> str:
+        """Render messages to text.
+
+        Keys whose value is None are left out, as transformers does: APIs write `content: null`, templates want no key.
+
+        Raises:
+            TemplateFault: the template refused the messages, lacks a key, or ran over its budget.
+        """
+        shown = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        self._environment.steps = 0
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in self._compiled.generate(
+                messages=shown, add_generation_prompt=add_generation_prompt, **variables
+            ):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_CHARACTERS:
+                    raise TemplateFault(f"the template writes more than {MAX_CHARACTERS:,} characters")
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise TemplateFault(str(error) or type(error).__name__) from error
+        except (RecursionError, MemoryError, OverflowError, ZeroDivisionError) as error:
+            raise TemplateFault(f"{type(error).__name__} while rendering") from error
+        return "".join(pieces)

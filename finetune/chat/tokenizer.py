@@ -1,0 +1,500 @@
+"""The model's tokenizer and chat template, in one object: the only place where text becomes token ids.
+
+Built on Hugging Face `tokenizers` directly. PaddleNLP's own loader takes a slow class that drops the newline after
+`<|im_end|>`, and transformers is not a dependency. The method names are transformers'.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from finetune.chat.template import ChatTemplate, TemplateFault
+from finetune.errors import CheckpointError, DataError
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
+
+
+class Encoded(dict):
+    """What a call of the tokenizer returns: `input_ids` and `attention_mask`, as keys and as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer with the special tokens and chat template of a model folder.
+
+    Attributes:
+        backend: The `tokenizers.Tokenizer`. Never pads, truncates or adds tokens.
+        special_tokens: Role to text, e.g. {"eos_token": "<|im_end|>"}; only roles that have a token.
+        templates: Chat templates by name; "default" is the one used, "tool_use" (if there) when tools are given.
+        padding_side: "left", so that prompts of different length end at the same place for generation.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: dict[str, str] | None = None,
+        templates: dict[str, str] | None = None,
+        config: dict[str, Any] | None = None,
+        where: str = "tokenizer",
+    ):
+        self.backend = backend
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.padding_side = "left"
+        self.special_tokens = {k: v for k, v in (special_tokens or {}).items() if v is not None}
+        self.templates = {
+            name: ChatTemplate(source, f"{where}: {name} chat template") for name, source in (templates or {}).items()
+        }
+        self._config = dict(config or {})
+        self._where = where
+        # Offsets must count every character of the text, and no token may be added around it.
+        self._post_processor = backend.post_processor
+        self.backend.post_processor = processors.ByteLevel(trim_offsets=False)
+        for role, text in self.special_tokens.items():
+            if backend.token_to_id(text) is None:
+                raise CheckpointError(
+                    f"{role} is {text!r}, which is not in the vocabulary",
+                    where=where,
+                    fix="Correct tokenizer_config.json, or copy the tokenizer files from the original model.",
+                )
+
+    # -- opening and saving ------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> "Tokenizer":
+        """Open the tokenizer of a Hugging Face or PaddleNLP model folder.
+
+        Reads tokenizer.json if there, else vocab.json and merges.txt (Qwen2's pre-tokenizer and NFC are implied), with
+        tokenizer_config.json, added_tokens.json, special_tokens_map.json and the chat template, which stands in
+        chat_template.jinja, tokenizer_config.json (text, or a list of named ones) or chat_template.json.
+
+        Raises:
+            CheckpointError: no tokenizer in the folder, or a file of it is damaged.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError("there is no such folder", where=str(folder), fix="Give a model folder.")
+        config = _read_json(folder / "tokenizer_config.json")
+        backend = _read_backend(folder)
+        _add_tokens(backend, folder, config)
+        special = {**_read_json(folder / "special_tokens_map.json"), **config}
+        return cls(
+            backend,
+            special_tokens={role: _token_text(special.get(role)) for role in _SPECIAL_NAMES},
+            templates=_read_templates(folder, config),
+            config=config,
+            where=str(folder),
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer so that transformers 4 and 5, PaddleNLP and `from_folder` open it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer_json = self._full_json()
+        _write_json(folder / "tokenizer.json", tokenizer_json, indent=2)
+        model = tokenizer_json["model"]
+        if model.get("type") == "BPE":
+            # PaddleNLP and transformers' slow classes read these two.
+            _write_json(folder / "vocab.json", model["vocab"])
+            merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+            (folder / "merges.txt").write_text(
+                "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
+            )
+        _write_json(folder / "tokenizer_config.json", self._full_config(tokenizer_json), indent=2)
+        if "default" in self.templates:
+            (folder / "chat_template.jinja").write_text(self.templates["default"].source, encoding="utf-8", newline="")
+
+    def _full_json(self) -> dict[str, Any]:
+        reading, self.backend.post_processor = self.backend.post_processor, self._post_processor
+        try:
+            return json.loads(self.backend.to_str())
+        finally:
+            self.backend.post_processor = reading
+
+    def _full_config(self, tokenizer_json: dict[str, Any]) -> dict[str, Any]:
+        config = {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 32768, **self._config}
+        config.pop("added_tokens_decoder", None)
+        config.pop("chat_template", None)
+        config.update({role: self.special_tokens.get(role) for role in ("bos_token", "eos_token", "pad_token")})
+        config.update({role: text for role, text in self.special_tokens.items() if role not in config})
+        config.setdefault("unk_token", None)
+        config.update(add_prefix_space=False, clean_up_tokenization_spaces=False, split_special_tokens=False)
+        config["added_tokens_decoder"] = {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+            for token in tokenizer_json["added_tokens"]
+        }
+        if list(self.templates) == ["default"]:
+            config["chat_template"] = self.templates["default"].source
+        elif self.templates:
+            config["chat_template"] = [{"name": n, "template": t.source} for n, t in self.templates.items()]
+        return config
+
+    # -- vocabulary --------------------------------------------------------------------------------------------
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the model's vocabulary, without added ones, as transformers counts."""
+        return self.backend.get_vocab_size(with_added_tokens=False)
+
+    def __len__(self) -> int:
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def eos_token(self) -> str | None:
+        return self.special_tokens.get("eos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self._id_of(self.eos_token)
+
+    @property
+    def pad_token(self) -> str | None:
+        """The padding token; where a folder names none, the end of text stands in (padding is always masked)."""
+        return self.special_tokens.get("pad_token") or self.eos_token
+
+    @property
+    def pad_token_id(self) -> int:
+        return self._id_of(self.pad_token) or 0
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Tokens that end a response: the end of text, and `<|im_end|>` and `<|endoftext|>` where they exist."""
+        ids = [self._id_of(text) for text in (self.eos_token, *_END_OF_TURN)]
+        return sorted({token for token in ids if token is not None})
+
+    @cached_property
+    def special_texts(self) -> list[str]:
+        """The texts of all special tokens."""
+        return [token.content for token in self.backend.get_added_tokens_decoder().values() if token.special]
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return sorted(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> int | None | list[int | None]:
+        if isinstance(tokens, str):
+            return self._id_of(tokens)
+        return [self._id_of(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> str | None | list[str | None]:
+        if isinstance(ids, (int, np.integer)):
+            return self.backend.id_to_token(int(ids))
+        return [self.backend.id_to_token(int(token)) for token in ids]
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self.backend.token_to_id(token)
+
+    # -- text to ids and back ----------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Nothing is added around it."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        """The text of token ids (a list, an array or a tensor). Bytes that are no character become U+FFFD."""
+        return self.backend.decode(_flat_ids(ids), skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        return_tensors: str | None = None,
+        padding: bool = False,
+        padding_side: str | None = None,
+    ) -> Encoded:
+        """Encode one text or several.
+
+        Args:
+            return_tensors: None for lists, "np" for numpy int64, "pd" for Paddle int64 tensors, both [B, L].
+            padding: Pad to the longest; needed for tensors of texts that differ in length.
+            padding_side: "left" (default, for generation) or "right".
+
+        Returns:
+            `input_ids` and `attention_mask`; flat lists for one text without `return_tensors`.
+        """
+        single = isinstance(text, str)
+        rows = [e.ids for e in self.backend.encode_batch([text] if single else list(text), add_special_tokens=False)]
+        return self._encoded(rows, single, return_tensors, padding, padding_side)
+
+    def _encoded(
+        self, rows: list[list[int]], single: bool, return_tensors: str | None, padding: bool, padding_side: str | None
+    ) -> Encoded:
+        masks = [[1] * len(row) for row in rows]
+        if padding:
+            longest = max(map(len, rows), default=0)
+            left = (padding_side or self.padding_side) == "left"
+            rows = [_padded(row, longest, self.pad_token_id, left) for row in rows]
+            masks = [_padded(mask, longest, 0, left) for mask in masks]
+        if return_tensors is None:
+            return Encoded(input_ids=rows[0] if single else rows, attention_mask=masks[0] if single else masks)
+        if len({len(row) for row in rows}) > 1:
+            raise ValueError("texts of different length do not fit one tensor; pass padding=True")
+        arrays = {"input_ids": np.asarray(rows, np.int64), "attention_mask": np.asarray(masks, np.int64)}
+        if return_tensors == "np":
+            return Encoded(arrays)
+        if return_tensors != "pd":
+            raise ValueError(f"return_tensors is {return_tensors!r}; use None, 'np' or 'pd'")
+        from finetune.model.runtime import paddle
+
+        return Encoded({name: paddle().to_tensor(array) for name, array in arrays.items()})
+
+    # -- chats -------------------------------------------------------------------------------------------------
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja text of the default chat template; None when the folder has none."""
+        return self.templates["default"].source if "default" in self.templates else None
+
+    def template_for(self, tools: list | None = None) -> ChatTemplate:
+        """The template that renders a conversation with these tools.
+
+        Raises:
+            CheckpointError: the folder has no chat template.
+        """
+        if tools and "tool_use" in self.templates:
+            return self.templates["tool_use"]
+        if "default" not in self.templates:
+            raise CheckpointError(
+                "the model has no chat template",
+                where=self._where,
+                fix="Put chat_template.jinja into the model folder (that of the -Instruct model, say), "
+                "or set chat_template in its tokenizer_config.json.",
+            )
+        return self.templates["default"]
+
+    def render(self, messages: list[dict], tools: list | None = None, add_generation_prompt: bool = False, **kw) -> str:
+        """The text of a conversation.
+
+        Raises:
+            TemplateFault: the template refused these messages.
+        """
+        variables = {**self.special_tokens, "documents": None, **kw}
+        return self.template_for(tools).render(
+            messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+        )
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict] | list[list[dict]],
+        tools: list | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        padding: bool = False,
+        **kw: Any,
+    ) -> Any:
+        """Render one conversation or several, to text (`tokenize=False`) or ids, as transformers' method does.
+
+        Returns:
+            Text or a list of ids; lists of them for several conversations; `Encoded` with `return_dict`; a tensor
+            with `return_tensors`.
+
+        Raises:
+            DataError: the template refused the messages.
+        """
+        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        if not conversation:
+            raise DataError("the conversation has no messages", fix="Give at least one message.")
+        try:
+            texts = [
+                self.render(messages, tools, add_generation_prompt, **kw)
+                for messages in (conversation if several else [conversation])
+            ]
+        except TemplateFault as error:
+            raise DataError(f"the chat template refused the messages: {error}") from error
+        if not tokenize:
+            return texts if several else texts[0]
+        encoded = self(texts if several else texts[0], return_tensors=return_tensors, padding=padding)
+        return encoded if return_dict else encoded.input_ids
+
+
+class StreamDecoder:
+    """Turn token ids into text piece by piece, never splitting a character.
+
+    >>> decoder = StreamDecoder(tokenizer)
+    >>> for token in tokens: print(decoder.push(token), end="")
+    >>> print(decoder.finish())
+
+    The pieces joined are the decoded whole. Only the tokens since the last whole character are decoded again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._shown: list[int] = []  # the last tokens already given out, context for a decoder that joins words
+        self._waiting: list[int] = []
+
+    def push(self, token: int) -> str:
+        """Add a token; returns the text that is now certain, often empty within a character of several tokens."""
+        self._waiting.append(int(token))
+        text = self._new_text()
+        if text.endswith("\ufffd"):
+            return ""
+        self._shown, self._waiting = self._waiting, []
+        return text
+
+    def finish(self) -> str:
+        """The rest; an unfinished character comes out as U+FFFD."""
+        text = self._new_text()
+        self._shown, self._waiting = [], []
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._shown, self._skip)
+        return self._tokenizer.decode(self._shown + self._waiting, self._skip)[len(before) :]
+
+
+def _padded(row: list[int], length: int, value: int, left: bool) -> list[int]:
+    fill = [value] * (length - len(row))
+    return fill + row if left else row + fill
+
+
+def _flat_ids(ids: Any) -> list[int]:
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    return [ids] if isinstance(ids, int) else [int(token) for token in ids]
+
+
+def _read_backend(folder: Path) -> tokenizers.Tokenizer:
+    whole = folder / "tokenizer.json"
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    try:
+        if whole.is_file():
+            return tokenizers.Tokenizer.from_file(str(whole))
+        if vocabulary.is_file() and merges.is_file():
+            return qwen2_backend(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise CheckpointError(
+            f"the tokenizer cannot be read: {error}",
+            where=str(whole if whole.is_file() else vocabulary),
+            fix="Copy the tokenizer files from the original model again.",
+        ) from error
+    raise CheckpointError(
+        "there is no tokenizer in this folder",
+        where=str(folder),
+        fix="It needs tokenizer.json, or vocab.json and merges.txt, with tokenizer_config.json: "
+        "copy them from the original model.",
+    )
+
+
+def qwen2_backend(model: models.BPE) -> tokenizers.Tokenizer:
+    """Qwen2's pipeline around a byte-level BPE: NFC, the split pattern, bytes."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    return backend
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, Any]) -> None:
+    """Add the tokens that the folder's other files name and the backend lacks, each at the id it is given there."""
+    wanted: dict[int, AddedToken] = {}
+    for token_id, entry in config.get("added_tokens_decoder", {}).items():
+        wanted[int(token_id)] = AddedToken(**{key: entry[key] for key in _ADDED_KEYS if key in entry})
+    special = set(filter(None, (_token_text(config.get(role)) for role in _SPECIAL_NAMES)))
+    for text, token_id in _read_json(folder / "added_tokens.json").items():
+        looks_special = text in special or (text.startswith("<|") and text.endswith("|>"))
+        wanted.setdefault(int(token_id), AddedToken(text, special=looks_special, normalized=False))
+    have = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for token_id, token in sorted(wanted.items()):
+        if token.content not in have:
+            backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+        if backend.token_to_id(token.content) != token_id:
+            raise CheckpointError(
+                f"token {token.content!r} should have id {token_id}, "
+                f"but the vocabulary gives it {backend.token_to_id(token.content)}",
+                where=str(folder),
+                fix="The tokenizer files do not belong together; copy all of them from one model.",
+            )
+
+
+_ADDED_KEYS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    templates: dict[str, str] = {}
+    for found in (_read_json(folder / "chat_template.json").get("chat_template"), config.get("chat_template")):
+        if isinstance(found, str):
+            templates["default"] = found
+        elif isinstance(found, list):
+            templates.update({entry["name"]: entry["template"] for entry in found})
+        elif isinstance(found, dict):
+            templates.update(found)
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = _read_text(folder / "chat_template.jinja")
+    for extra in _named_template_files(folder):
+        templates[extra.stem] = _read_text(extra)
+    return templates
+
+
+def _named_template_files(folder: Path) -> Iterator[Path]:
+    yield from sorted((folder / "additional_chat_templates").glob("*.jinja"))
+
+
+def _token_text(token: Any) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"the file cannot be read: {error}", where=str(path)) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"the file is not valid JSON: {error}", where=str(path), fix="Copy it from the original model again."
+        ) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"the file holds a {type(value).__name__}, not an object",
+            where=str(path),
+            fix="Copy it from the original model again.",
+        )
+    return value
+
+
+def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")

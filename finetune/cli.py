@@ -1,0 +1,329 @@
+"""The `finetune` command: arguments in, one function of the package called, errors to one plain message.
+
+Only the standard library and typer are loaded here; what a command needs is imported in its body, so that help, `recipes`
+and every recipe error come at once. `main` is the only place that turns errors into exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from finetune import __version__
+from finetune.errors import ArgumentError, FinetuneError, UserError
+
+app = typer.Typer(
+    name="finetune",
+    help="Fine-tune Qwen2-family models on PaddlePaddle: SFT and DPO, full or LoRA.\n\n"
+    "MODEL is a hub id, a model folder (Hugging Face or PaddleNLP), an adapter folder, a checkpoint, or a run's folder.",
+    epilog="Example: finetune train qwen2-0.5b-instruct_sft_lora --dry-run",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+recipes_app = typer.Typer(help="List, show or copy the recipes that come with the package.", rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+_UsageError: type[Exception] = typer.BadParameter.__base__  # its module's name depends on typer's version
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, checkpoint or run.")]
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or a shipped recipe's name.")]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set, e.g. training.max_steps=10", show_default=False),
+]
+System = Annotated[Optional[str], typer.Option(metavar="TEXT", help="System prompt; the model's own when not given.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to add to a prompt.")]
+Temperature = Annotated[Optional[float], typer.Option(metavar="T", help="Above 0 draws tokens, 0 is greedy.")]
+TopP = Annotated[
+    Optional[float], typer.Option(metavar="P", help="Draw from the likeliest tokens up to this probability, in (0, 1].")
+]
+TopK = Annotated[
+    Optional[int], typer.Option(min=0, metavar="K", help="Draw from this many of the likeliest tokens; 0 from all.")
+]
+Seed = Annotated[Optional[int], typer.Option(min=0, metavar="S", help="Makes the draws repeatable.")]
+
+
+class ExportFormat(str, Enum):
+    """What `export` writes."""
+
+    hf = "hf"
+    paddle = "paddle"
+    peft = "peft"
+    gguf = "gguf"
+
+
+class ExportDtype(str, Enum):
+    """Number format of exported weights."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"paddle-finetune {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(epilog="Example: finetune train recipes/qwen2-0.5b_sft_lora.yaml training.max_steps=100 --dry-run")
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would happen: steps, tokens, memory.")
+    ] = False,
+    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes on this machine, one per GPU.")] = 1,
+    nnodes: Annotated[int, typer.Option(min=1, metavar="N", help="Machines.")] = 1,
+    master: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="First machine, with --nnodes.")] = None,
+) -> None:
+    """Train by a recipe. The same command again goes on where a run was interrupted."""
+    from finetune.recipe.load import load_recipe
+    from finetune.recipe.rules import check_world_size
+
+    loaded = load_recipe(recipe, overrides or ())
+    _check_master(nnodes, master)
+    check_world_size(loaded, nproc * nnodes)
+    from finetune.train.run import train as run
+
+    run(loaded, dry_run=dry_run, nproc=nproc, nnodes=nnodes, master=master)
+
+
+@app.command(epilog='Example: finetune generate outputs/my-run --prompt "What is a kernel?" --max-new-tokens 64')
+def generate(
+    model: ModelArgument,
+    prompt: Annotated[Optional[str], typer.Option(metavar="TEXT", help="One prompt; read from a pipe when not given.")] = None,
+    input: Annotated[Optional[Path], typer.Option(metavar="FILE.jsonl", help="Prompts or conversations.")] = None,
+    output: Annotated[Optional[Path], typer.Option(metavar="FILE.jsonl", help="Answers, in input order.")] = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Prompts decoded together.")] = 8,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+) -> None:
+    """Answer one prompt, or every row of a file."""
+    if prompt is not None and input is not None:
+        raise ArgumentError("--prompt and --input are both given", fix="Keep one.")
+    _check_sampling(temperature, top_p)
+    if prompt is None and input is None:
+        prompt = _piped_prompt()
+    from finetune.infer.generate import generate as run
+
+    run(
+        model,
+        prompt=prompt,
+        input=input,
+        output=output,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        batch_size=batch_size,
+        raw=raw,
+    )
+
+
+@app.command(epilog="Example: finetune chat Qwen/Qwen2-0.5B-Instruct")
+def chat(
+    model: ModelArgument,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    _check_sampling(temperature, top_p)
+    from finetune.infer.chat import chat as run
+
+    run(
+        model,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+    )
+
+
+@app.command(epilog="Example: finetune export outputs/my-run outputs/my-model --verify")
+def export(
+    model: ModelArgument,
+    output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="Folder to write; must not hold files yet.")],
+    format: Annotated[ExportFormat, typer.Option(help="Layout to write; adapters are merged except into peft.")] = (
+        ExportFormat.hf
+    ),
+    dtype: Annotated[ExportDtype, typer.Option(help="Number format of the weights; auto keeps it.")] = ExportDtype.auto,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the result back and compare logits.")] = False,
+) -> None:
+    """Write a model for other programs: Hugging Face, PaddleNLP, PEFT."""
+    from finetune.export.export import export as run
+
+    run(model, output_dir, format=format.value, dtype=dtype.value, verify=verify)
+
+
+@app.command(epilog="Example: finetune preview recipes/quickstart_sft_lora.yaml -n 2")
+def preview(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Rows to show.")] = 5,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object per row, on stdout.")] = False,
+) -> None:
+    """Show what the model will see, and which tokens are trained on."""
+    from finetune.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    from finetune.chat.preview import preview as run
+
+    run(loaded, n, json)
+
+
+@app.command()
+def doctor(
+    network: Annotated[bool, typer.Option("--network", help="Also try to reach the model hub.")] = False,
+) -> None:
+    """Check this machine's installation; each failure comes with its fix."""
+    from finetune.doctor import doctor as run
+
+    raise typer.Exit(run(network=network))
+
+
+@recipes_app.command("list", epilog="Example: finetune recipes list")
+def list_recipes() -> None:
+    """Name the shipped recipes and what each does."""
+    from finetune.recipe.shipped import shipped_recipes, summary
+
+    recipes = shipped_recipes()
+    width = max(map(len, recipes), default=0)
+    for name, file in recipes.items():
+        typer.echo(f"{name:<{width}}  {summary(file)}")
+
+
+@recipes_app.command("show", epilog="Example: finetune recipes show qwen2-0.5b_sft_lora")
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a shipped recipe."""
+    from finetune.recipe.shipped import shipped_recipe
+
+    typer.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy", epilog="Example: finetune recipes copy qwen2-0.5b_sft_lora my-recipe.yaml")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    file: Annotated[Path, typer.Argument(metavar="FILE")],
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE when it exists.")] = False,
+) -> None:
+    """Copy a shipped recipe to a file of yours, to edit."""
+    from finetune.recipe.shipped import copy_shipped
+
+    written = copy_shipped(name, file, replace=force)
+    typer.echo(f"wrote {written}; edit data.train, then: finetune train {written}")
+
+
+def _check_master(nnodes: int, master: str | None) -> None:
+    if master is None:
+        if nnodes > 1:
+            raise ArgumentError(
+                f"--nnodes {nnodes} needs --master", fix="Name the first machine, for example --master 10.0.0.1:8090"
+            )
+        return
+    host, _, port = master.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ArgumentError(f"--master is {master!r}", fix="Write HOST:PORT, for example 10.0.0.1:8090")
+    if nnodes == 1:
+        raise ArgumentError("--master is given, but --nnodes is 1", fix="Give both or neither.")
+
+
+def _check_sampling(temperature: float | None, top_p: float | None) -> None:
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise ArgumentError(f"--temperature is {temperature:g}", fix="It must be 0, which is greedy, or more.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ArgumentError(f"--top-p is {top_p:g}", fix="It must be above 0 and at most 1.")
+
+
+def _piped_prompt() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise ArgumentError("there is no prompt", fix="Give --prompt TEXT or --input FILE.jsonl, or pipe text in.")
+    try:
+        text = sys.stdin.read().rstrip("\n")
+    except UnicodeDecodeError as error:
+        raise ArgumentError("the prompt from the pipe is not UTF-8", fix="Pipe UTF-8 text in.") from error
+    if not text:
+        raise ArgumentError("the prompt from the pipe is empty", fix="Give --prompt TEXT or --input FILE.jsonl.")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command line and exit: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    debug = "--debug" in own
+    if debug:
+        arguments.remove("--debug")
+    sys.exit(_run(arguments, debug))
+
+
+def _run(arguments: list[str], debug: bool) -> int:
+    try:
+        code = app(arguments, prog_name="finetune", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"error: {_describe(error)}", file=sys.stderr)
+        return _exit_code(error)
+
+
+def _exit_code(error: Exception) -> int:
+    if isinstance(error, _UsageError):
+        return UserError.exit_code
+    return error.exit_code if isinstance(error, FinetuneError) else 1
+
+
+def _describe(error: Exception) -> str:
+    """One plain message for an error, several lines only for several faults."""
+    if isinstance(error, _UsageError):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "finetune"
+        return f"{' '.join(error.format_message().split())} See `{command} --help`."
+    if isinstance(error, FinetuneError):
+        lines = str(error).splitlines()
+        many = len(error.faults) > 1
+        return "\n  ".join([f"{len(error.faults)} things are wrong", *lines]) if many else str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("paddle", "paddlenlp"):
+        return f"{error.name} is not installed. Run `pip install paddle-finetune[cpu]`; `finetune doctor` checks the rest."
+    if isinstance(error, MemoryError):
+        return "out of memory. Lower data.max_length or the batch size."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    kind = type(error).__name__
+    return f"this is a fault of the program, not of your input ({kind}: {first}). Add --debug to see where."

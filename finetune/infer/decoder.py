@@ -1,0 +1,209 @@
+"""A Qwen2 forward pass for decoding, over the modules of a PaddleNLP model.
+
+PaddleNLP's own pass grows the cache by concatenation at every token, repeats the key and value heads, and rebuilds its
+masks. This one keeps keys and values in place and computes the same numbers (tests/infer/test_engine.py). Projections,
+norms and feed-forward layers are called as the model's modules, so plain, LoRA and merged layers all work.
+
+Each row's keys and values start at slot 0 of its own stretch of the cache, whatever its length: prompts are padded on
+the right while they are read, padding is overwritten or masked, and nothing depends on the other rows. A row may
+therefore join or leave between any two tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from finetune.model.runtime import paddle as _bring_up
+
+_bring_up()
+
+import paddle  # noqa: E402
+import paddle.nn.functional as F  # noqa: E402
+
+# The cache grows by this many positions: one copy of the cache per 128 tokens, and no memory for tokens never made.
+_BLOCK = 128
+# Prompts are read in pieces of this many tokens, which bounds the attention scores to [B, heads, 512, capacity].
+_PIECE = 512
+# Rotary tables begin with this many positions and double when a longer row comes.
+_FIRST_POSITIONS = 2048
+
+
+class KVCache:
+    """Keys and values of B rows.
+
+    Attributes:
+        keys, values: Per layer, [B * kv_heads * capacity, head_dim]: row-major, so that one scatter writes any
+            positions and one reshape (no copy) gives [B, kv_heads, capacity, head_dim].
+        lengths: How many positions of each row are filled, int64 [B].
+    """
+
+    def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, capacity: int, dtype):
+        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
+        self.capacity = _round_up(capacity)
+        self.lengths = np.zeros(rows, dtype=np.int64)
+        shape = [rows * kv_heads * self.capacity, head_dim]
+        # Zeros, not uninitialised memory: a masked position has weight 0, and 0 times NaN is NaN.
+        self.keys = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
+        self.values = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
+
+    def view(self, stored: paddle.Tensor) -> paddle.Tensor:
+        """[B * kv_heads * capacity, head_dim] as [B, kv_heads, capacity, head_dim]."""
+        return stored.reshape([len(self.lengths), self.kv_heads, self.capacity, self.head_dim])
+
+    def reserve(self, length: int) -> None:
+        """Make room for `length` positions in every row."""
+        if length <= self.capacity:
+            return
+        capacity = _round_up(length)
+        room = paddle.zeros(
+            [len(self.lengths), self.kv_heads, capacity - self.capacity, self.head_dim], dtype=self.dtype
+        )
+        self._replace(lambda stored: paddle.concat([self.view(stored), room], axis=2))
+        self.capacity = capacity
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order; a row may be named more than once."""
+        index = paddle.to_tensor(rows, dtype="int64")
+        self._replace(lambda stored: paddle.index_select(self.view(stored), index, axis=0))
+        self.lengths = self.lengths[rows]
+
+    def extend(self, other: "KVCache") -> None:
+        """Append the rows of `other`, which is used up."""
+        self.reserve(other.capacity)
+        other.reserve(self.capacity)
+        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
+            for layer in range(len(mine)):
+                mine[layer] = paddle.concat([mine[layer], theirs[layer]], axis=0)
+                theirs[layer] = None
+        self.lengths = np.concatenate([self.lengths, other.lengths])
+
+    def _replace(self, change) -> None:
+        for stored in (self.keys, self.values):
+            for layer in range(len(stored)):
+                stored[layer] = change(stored[layer]).reshape([-1, self.head_dim])
+
+
+class Decoder:
+    """Reads prompts into a cache, then one token per row and call.
+
+    Args:
+        model: PaddleNLP's `Qwen2ForCausalLM`, or a `LoRAModel` around one; not changed.
+    """
+
+    def __init__(self, model):
+        causal = model if hasattr(model, "qwen2") else model.model
+        config = causal.config
+        self.body, self.lm_head = causal.qwen2, causal.lm_head
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.context = int(config.max_position_embeddings)
+        self.vocab_size = int(config.vocab_size)
+        self.dtype = self.body.embed_tokens.weight.dtype
+        # PaddleNLP shrinks float16 scores before the product and restores them in float32, against overflow.
+        self.shrink = 32.0 if self.dtype == paddle.float16 else 1.0
+        self._cos, self._sin = self._rotary_tables(_FIRST_POSITIONS)
+
+    def _rotary_tables(self, length: int) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """cos and sin of the model's own rotary embedding, each [length, 1, head_dim].
+
+        The first half of sin is negated, so that x * cos + roll(x) * sin is the rotation.
+        """
+        turns = self.body.layers[0].self_attn.rotary_emb.inv_freq.astype("float32")  # [head_dim / 2]
+        angles = (paddle.arange(length, dtype="float32")[:, None] * turns)[:, None]
+        cos, sin = angles.cos().astype(self.dtype), angles.sin().astype(self.dtype)
+        return paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
+
+    def read(self, prompts: list[np.ndarray]) -> tuple[KVCache, paddle.Tensor]:
+        """Read prompts, each int64 [L_i], in one pass over the weights per 512 tokens.
+
+        Returns:
+            A cache of len(prompts) rows; the logits after each prompt's last token, float32 [B, V].
+        """
+        with paddle.no_grad():
+            lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+            longest = int(lengths.max())
+            ids = np.zeros([len(prompts), longest], dtype=np.int64)
+            for row, prompt in enumerate(prompts):
+                ids[row, : len(prompt)] = prompt
+            layers = len(self.body.layers)
+            cache = KVCache(layers, len(prompts), self.kv_heads, self.head_dim, longest + 1, self.dtype)
+            last: list[paddle.Tensor | None] = [None] * len(prompts)
+            for start in range(0, longest, _PIECE):
+                piece = ids[:, start : start + _PIECE]
+                hidden = self._forward(piece, np.full(len(prompts), start, dtype=np.int64), cache)
+                for row in np.flatnonzero((lengths - 1) // _PIECE == start // _PIECE):
+                    last[row] = hidden[int(row), int(lengths[row]) - 1 - start]
+            cache.lengths = lengths
+            return cache, self._logits(paddle.stack(last))
+
+    def step(self, tokens: list[int], cache: KVCache) -> paddle.Tensor:
+        """Add one token to every row of the cache; returns the logits after it, float32 [B, V]."""
+        with paddle.no_grad():
+            ids = np.asarray(tokens, dtype=np.int64)[:, None]
+            hidden = self._forward(ids, cache.lengths, cache)
+            cache.lengths = cache.lengths + 1
+            return self._logits(hidden[:, 0])
+
+    def _logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
+        logits = self.lm_head(self.body.norm(hidden))
+        return logits if logits.dtype == paddle.float32 else logits.astype("float32")
+
+    def _forward(self, ids: np.ndarray, starts: np.ndarray, cache: KVCache) -> paddle.Tensor:
+        """Run the layers on ids [B, T], row b at positions starts[b] .. starts[b] + T - 1; hidden states [B, T, H]."""
+        rows, width = ids.shape
+        positions = starts[:, None] + np.arange(width)  # [B, T]
+        cache.reserve(int(positions.max()) + 1)
+        if cache.capacity > len(self._cos):
+            self._cos, self._sin = self._rotary_tables(max(cache.capacity, 2 * len(self._cos)))
+        # Slot of (row, position, kv head) in the stored [B * kv_heads * capacity, head_dim]; order as k_proj gives it.
+        stretch = np.arange(rows * self.kv_heads).reshape(rows, 1, self.kv_heads) * cache.capacity
+        slots = paddle.to_tensor((stretch + positions[:, :, None]).reshape(-1))
+        visible = np.arange(cache.capacity) <= positions[:, :, None]  # [B, T, capacity]
+        mask = paddle.to_tensor(np.where(visible, 0.0, -np.inf).astype(np.float32)[:, None, None])
+        where = paddle.to_tensor(positions)
+        cos, sin = self._cos[where], self._sin[where]  # [B, T, 1, head_dim]
+        hidden = self.body.embed_tokens(paddle.to_tensor(ids))
+        for layer, keys, values in zip(self.body.layers, cache.keys, cache.values):
+            attention = layer.self_attn
+            x = layer.input_layernorm(hidden)
+            q = self._rotate(attention.q_proj(x).reshape([rows, width, self.heads, self.head_dim]), cos, sin)
+            k = self._rotate(attention.k_proj(x).reshape([rows, width, self.kv_heads, self.head_dim]), cos, sin)
+            paddle.scatter_(keys, slots, k.reshape([-1, self.head_dim]))
+            paddle.scatter_(values, slots, attention.v_proj(x).reshape([-1, self.head_dim]))
+            hidden = hidden + attention.o_proj(self._attend(q, cache.view(keys), cache.view(values), mask))
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return hidden
+
+    def _rotate(self, x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
+        return x * cos + paddle.roll(x, self.head_dim // 2, axis=-1) * sin
+
+    def _attend(self, q: paddle.Tensor, keys: paddle.Tensor, values: paddle.Tensor, mask: paddle.Tensor):
+        """Attention with the query heads of one key head side by side, so that key heads are not repeated.
+
+        Args:
+            q: [B, T, heads, head_dim]. keys, values: [B, kv_heads, C, head_dim]. mask: float32 [B, 1, 1, T, C].
+
+        Returns:
+            [B, T, heads * head_dim].
+        """
+        rows, width, capacity = q.shape[0], q.shape[1], keys.shape[2]
+        groups = self.heads // self.kv_heads
+        q = q * (1.0 / (math.sqrt(self.head_dim) * self.shrink))
+        q = q.reshape([rows, width, self.kv_heads, groups, self.head_dim]).transpose([0, 2, 3, 1, 4])
+        scores = paddle.matmul(q.reshape([rows, self.kv_heads, groups * width, self.head_dim]), keys, transpose_y=True)
+        scores = scores.reshape([rows, self.kv_heads, groups, width, capacity])
+        if scores.dtype != paddle.float32:
+            scores = scores.astype("float32") * self.shrink
+        weights = F.softmax(scores + mask, axis=-1)
+        if weights.dtype != q.dtype:
+            weights = weights.astype(q.dtype)
+        mixed = paddle.matmul(weights.reshape([rows, self.kv_heads, groups * width, capacity]), values)
+        mixed = mixed.reshape([rows, self.kv_heads, groups, width, self.head_dim]).transpose([0, 3, 1, 2, 4])
+        return mixed.reshape([rows, width, self.heads * self.head_dim])
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _BLOCK) * _BLOCK

@@ -1,0 +1,85 @@
+"""Any MODEL of the command line, opened for answering: weights, tokenizer and generation settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.chat.tokenizer import Tokenizer
+from finetune.model.files import read_json
+from finetune.model.resolve import ModelSource, resolve_model
+
+if TYPE_CHECKING:
+    from finetune.infer.engine import Engine
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be talked to.
+
+    Attributes:
+        engine: Holds the model.
+        tokenizer: The model's own; an adapter's folder comes before its base.
+        generation_config: As `read_generation_config` returns it.
+        source: Where it came from.
+    """
+
+    engine: "Engine"
+    tokenizer: Tokenizer
+    generation_config: dict[str, Any]
+    source: ModelSource
+
+
+def open_model(model: str | ModelSource, dtype: str = "auto") -> Opened:
+    """Load a hub id, a model folder of any layout, an adapter, a checkpoint or a run's folder.
+
+    An adapter is merged in float32, which saves a third of the operations per token. In half precision it is kept
+    apart, as it was trained: the sum would be rounded to 8 bits.
+
+    Raises:
+        CheckpointError: the model or its tokenizer cannot be read.
+    """
+    source = model if isinstance(model, ModelSource) else resolve_model(model)
+    tokenizer = open_tokenizer(source)
+    config = read_generation_config(source)
+    from finetune.infer.engine import Engine
+    from finetune.model.load import load_model
+    from finetune.model.lora import merge_lora
+
+    loaded = load_model(source, dtype=dtype)
+    causal = loaded.model
+    if loaded.lora is not None and loaded.dtype == "float32":
+        causal = merge_lora(causal)
+    engine = Engine(causal, tokenizer, stop_token_ids={*tokenizer.stop_token_ids, *config["eos_token_id"]})
+    return Opened(engine, tokenizer, config, source)
+
+
+def open_tokenizer(source: ModelSource) -> Tokenizer:
+    """The tokenizer of the model's folder, or of its base where an adapter has none.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return Tokenizer.from_folder(source.tokenizer_folder)
+
+
+def read_generation_config(source: ModelSource) -> dict[str, Any]:
+    """generation_config.json of the model, or of its base where an adapter has none.
+
+    Returns:
+        Its keys as they are, but `eos_token_id` is always a list. End and padding token fall back to config.json's.
+
+    Raises:
+        CheckpointError: the file is not a JSON object.
+    """
+    config: dict[str, Any] = {}
+    for folder in (source.folder, source.base.folder if source.base else source.folder):
+        if (folder / "generation_config.json").is_file():
+            config = dict(read_json(folder / "generation_config.json"))
+            break
+    for name in ("eos_token_id", "pad_token_id"):
+        if config.get(name) is None:
+            config[name] = source.config.get(name)
+    ends = config["eos_token_id"]
+    config["eos_token_id"] = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    return config

@@ -1,0 +1,261 @@
+"""What the user calls MODEL, found: a hub id, any model or adapter folder, a checkpoint, or a run's folder. No paddle here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.errors import CheckpointError
+from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
+from finetune.model.config import read_config
+from finetune.model.files import nearest, read_json, within
+from finetune.model.tensorfile import TensorFolder
+
+MODEL_STEMS = ("model", "model_state")
+PEFT_STEMS = ("adapter_model",)
+PADDLE_LORA_STEMS = ("peft_model", "lora_model_state")
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
+KNOWN_HUB_IDS = [
+    f"Qwen/{family}-{size}{kind}"
+    for family, sizes in (("Qwen2", ("0.5B", "1.5B", "7B")), ("Qwen2.5", ("0.5B", "1.5B", "3B", "7B")))
+    for size in sizes
+    for kind in ("", "-Instruct")
+]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_STEP = re.compile(r"step-(\d+)")
+_PICKLES = ("*.pdparams", "*.bin", "*.pth", "*.pt", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model or adapter on disk, with its config read and checked.
+
+    Attributes:
+        kind: `hf` or `paddle` (a whole model in that layout), or `adapter`.
+        folder: Where its files are.
+        base: The model an adapter belongs to; None for a whole model.
+        config: The model's facts, as `config.read_config` returns them; of the base for an adapter.
+        name: What the user called it.
+        layout: `hf` or `paddle`; for an adapter `peft` or `paddle`.
+        stem: Name of the tensor file or index, before `.safetensors`.
+        lora: An adapter's settings; None for a whole model.
+        base_name: What the adapter's config calls its base, for writing the adapter again.
+    """
+
+    kind: str
+    folder: Path
+    base: ModelSource | None
+    config: dict
+    name: str
+    layout: str
+    stem: str
+    lora: LoraSettings | None = None
+    base_name: str | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The folder with the tokenizer: the adapter's own where it has one, as runs write it, else the base's."""
+        if self.base and not any((self.folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+            return self.base.tokenizer_folder
+        return self.folder
+
+    @property
+    def hub_or_folder(self) -> str:
+        """How an adapter trained on this model names it: the hub id, or the absolute folder."""
+        return self.name if not Path(self.name).exists() else str(self.folder.resolve())
+
+
+def resolve_model(name: str | Path) -> ModelSource:
+    """Find a model and read its config; weights are not read.
+
+    Args:
+        name: Hub id, folder with a model or an adapter in any layout, checkpoint folder, or run folder.
+
+    Raises:
+        CheckpointError: not found, incomplete, damaged, of another kind, or pickled; the message says what to do.
+    """
+    name = str(name)
+    folder = Path(name).expanduser()
+    if not name or "\0" in name:
+        raise CheckpointError("the model's name is empty or has a NUL character", where=repr(name))
+    if folder.is_dir():
+        return _from_folder(folder, name)
+    if folder.exists():
+        raise CheckpointError("is a file", where=name, fix="Name the folder it is in.")
+    if _looks_like_path(name):
+        raise CheckpointError("there is no such folder", where=name, fix=_nearest_folder(folder))
+    return _from_folder(_download(name), name)
+
+
+def _looks_like_path(name: str) -> bool:
+    parent = Path(name).parent
+    return not _HUB_ID.fullmatch(name) or (parent != Path(".") and parent.is_dir()) or name.startswith("outputs/")
+
+
+def _nearest_folder(folder: Path) -> str | None:
+    """A hint naming the sibling with the nearest name."""
+    try:
+        siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return f"There is no folder {folder.parent} either."
+    return nearest(folder.name, siblings) or None
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch safetensors, JSON and text files of a hub model, or find them in the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS))
+    except RepositoryNotFoundError as error:
+        what, fix = "there is neither such a folder here nor such a model on the hub", nearest(hub_id, KNOWN_HUB_IDS)
+        fix = fix or "A private model needs HF_TOKEN to be set."
+        raise CheckpointError(what, where=hub_id, fix=fix) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        what = "there is no such folder here, it is not in the hub cache, and the hub cannot be reached"
+        fix = f"Go online, or copy the model's folder here and name it.{' ' + nearest(hub_id, KNOWN_HUB_IDS)}".rstrip()
+        raise CheckpointError(what, where=hub_id, fix=fix) from error
+
+
+def _from_folder(folder: Path, name: str) -> ModelSource:
+    peft, paddle_lora = (folder / "adapter_config.json").exists(), (folder / "lora_config.json").exists()
+    stem = _stem(folder, MODEL_STEMS)
+    if (peft or paddle_lora) and stem:
+        what = "holds a whole model and an adapter"
+        raise CheckpointError(what, where=str(folder), fix="Move one of the two into a folder of its own.")
+    if peft:
+        return _adapter(folder, name, "adapter_config.json", PEFT_STEMS, "peft")
+    if paddle_lora:
+        return _adapter(folder, name, "lora_config.json", PADDLE_LORA_STEMS, "paddle")
+    if stem and (folder / "config.json").exists():
+        layout = _layout(folder, stem)
+        return ModelSource(layout, folder, None, _config(folder), name, layout, stem)
+    return _from_inside(folder, name, stem)
+
+
+def _from_inside(folder: Path, name: str, stem: str | None) -> ModelSource:
+    """A checkpoint or a run; else say what is missing."""
+    if (folder / "model").is_dir() and (_STEP.fullmatch(folder.name) or (folder / "state.json").exists()):
+        if not (folder / "complete.json").exists():
+            raise CheckpointError("the checkpoint is not complete", where=str(folder), fix=_other_steps(folder.parent))
+        return _from_folder(folder / "model", name)
+    if (folder / "final").is_dir():
+        return _from_folder(folder / "final", name)
+    steps = folder if folder.name == "checkpoints" else folder / "checkpoints"
+    if steps.is_dir():
+        raise CheckpointError("the run has no final model yet", where=str(folder), fix=_other_steps(steps))
+    if stem:
+        raise CheckpointError("config.json is missing", where=str(folder), fix="It comes with the model; copy it too.")
+    pickle = next((path for pattern in _PICKLES for path in sorted(folder.glob(pattern))), None)
+    if pickle:
+        raise CheckpointError(_REFUSED, where=str(pickle), fix=_safe_way(pickle))
+    if not (folder / "config.json").exists():
+        what = "holds no model: neither config.json nor adapter_config.json is there"
+        raise CheckpointError(what, where=str(folder), fix=_folders_inside(folder))
+    raise CheckpointError("has a config.json but no weights (model.safetensors or its index)", where=str(folder))
+
+
+_REFUSED = "is a pickle file, which can run any program when it is opened, and is not read"
+
+
+def _safe_way(path: Path) -> str:
+    """How to turn a pickled weight file into safetensors, where the file is trusted."""
+    folder = path.parent
+    if path.suffix == ".pdparams":
+        target = "peft_model" if "lora" in path.name else "model"
+        return (
+            "If you trust where it comes from, convert it once: python -c \"import paddle; from safetensors.numpy import "
+            f"save_file; save_file({{k: v.numpy() for k, v in paddle.load('{path}').items()}}, "
+            f"'{folder / target}.safetensors')\" (float32 weights), then move the .pdparams file away."
+        )
+    return (
+        "Convert it where torch and transformers are installed: python -c \"from transformers import "
+        f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"."
+    )
+
+
+def _adapter(folder: Path, name: str, config_file: str, stems: tuple[str, ...], layout: str) -> ModelSource:
+    path = folder / config_file
+    raw = read_json(path)
+    stem = _stem(folder, stems)
+    if not stem:
+        pickle = next((file for pattern in _PICKLES for file in sorted(folder.glob(pattern))), None)
+        if pickle:
+            raise CheckpointError(_REFUSED, where=str(pickle), fix=_safe_way(pickle))
+        raise CheckpointError(f"{stems[0]}.safetensors is missing", where=str(folder), fix="Copy the folder again.")
+    settings = parse_peft_config(raw, path) if layout == "peft" else parse_paddle_config(raw, path)
+    base_name = raw.get("base_model_name_or_path")
+    if not isinstance(base_name, str) or not base_name:
+        fix = f'Write the base model into {config_file}: "base_model_name_or_path": "<hub id or folder>".'
+        raise CheckpointError("does not say which model it belongs to", where=str(path), fix=fix)
+    base = _base(base_name, folder, path)
+    return ModelSource("adapter", folder, base, base.config, name, layout, stem, settings, base_name)
+
+
+def _base(base_name: str, folder: Path, config_file: Path) -> ModelSource:
+    """The adapter's base: relative to the working directory, then to the adapter's folder, then the hub."""
+    beside = folder / base_name
+    try:
+        chosen = beside if not Path(base_name).is_dir() and beside.is_dir() else base_name
+        if Path(chosen).is_dir() and Path(chosen).resolve() == folder.resolve():
+            raise CheckpointError("names itself as its base model", where=str(config_file))
+        if Path(chosen).is_dir() and (Path(chosen) / config_file.name).exists():
+            what = f"its base model {base_name!r} is an adapter itself"
+            raise CheckpointError(what, where=str(config_file), fix="Merge that one first: finetune export BASE FOLDER.")
+        return resolve_model(chosen)
+    except CheckpointError as error:
+        if Path(base_name).is_dir() or beside.is_dir():
+            raise
+        fix = f"Put the base model there, or correct base_model_name_or_path in {config_file}."
+        raise CheckpointError(f"the adapter's base model cannot be had: {error}", where=str(folder), fix=fix) from error
+
+
+def _config(folder: Path) -> dict:
+    return read_config(read_json(folder / "config.json"), folder / "config.json")
+
+
+def _stem(folder: Path, stems: tuple[str, ...]) -> str | None:
+    return next((stem for stem in stems if TensorFolder.present(folder, stem)), None)
+
+
+def _layout(folder: Path, stem: str) -> str:
+    """`paddle` where the tensor names are PaddleNLP's; the file names of the two are the same."""
+    index = folder / f"{stem}.safetensors.index.json"
+    if not (folder / f"{stem}.safetensors").exists():
+        names = read_json(index).get("weight_map")
+    else:
+        names = TensorFolder(folder, stem).entries
+    return "paddle" if isinstance(names, dict) and any(name.startswith("qwen2.") for name in names) else "hf"
+
+
+def _other_steps(steps: Path) -> str:
+    found = [path for path in steps.glob("step-*") if _STEP.fullmatch(path.name) and (path / "complete.json").exists()]
+    newest = max(found, key=lambda path: int(path.name[5:]), default=None)
+    return f"Its newest complete checkpoint is {newest}." if newest else "It has no complete checkpoint."
+
+
+def _folders_inside(folder: Path) -> str | None:
+    """A hint for someone who named the folder above."""
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
+                return f"Did you mean {str(path)!r}?"
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder)) from error
+    return None
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in a folder, to be copied as they are."""
+    known = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    )
+    return [within(name, folder) for name in known if (folder / name).exists()]

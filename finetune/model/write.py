@@ -1,0 +1,160 @@
+"""Models written for Hugging Face's and for PaddleNLP's readers, shard by shard, complete or not at all."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from finetune.model.runtime import paddle as _bring_up
+
+_bring_up()
+
+import paddle  # noqa: E402
+from paddlenlp.peft import LoRAModel  # noqa: E402
+
+from finetune.errors import ArgumentError  # noqa: E402
+from finetune.model import convert  # noqa: E402
+from finetune.model.config import hf_config, paddle_config  # noqa: E402
+from finetune.model.files import new_folder, read_json, write_json  # noqa: E402
+from finetune.model.load import as_numpy, facts_of, numpy_dtype  # noqa: E402
+from finetune.model.resolve import tokenizer_files  # noqa: E402
+from finetune.model.tensorfile import Promise, write_shards  # noqa: E402
+
+MAX_SHARD_BYTES = 5 * 10**9
+CHAT_STOPS = ("<|im_end|>", "<|endoftext|>")
+
+
+def save_hf(
+    model: paddle.nn.Layer,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers 4 and 5, and everything that reads their layout, open.
+
+    Args:
+        model: Qwen2ForCausalLM, without adapter (see `lora.merge_lora`).
+        folder: Must not exist, or be empty.
+        dtype: Of the stored weights; the model's own by default.
+        tokenizer: Folder whose tokenizer files and generation config go along, the files as they are.
+        max_shard_bytes: Size above which the weights are split.
+
+    Raises:
+        ArgumentError: the model has an adapter; a weight too large for float16.
+        CheckpointError: the folder is not empty or cannot be written.
+    """
+    facts, dtype = _checked(model, dtype)
+    parameters = dict(model.named_parameters())
+    tensors = {
+        name: _promise(parameters[convert.to_paddle(name)], name, shape, dtype, turn=True)
+        for name, shape in convert.hf_shapes(facts).items()
+    }
+    with new_folder(Path(folder)) as partial:
+        write_shards(partial, "model", tensors, max_shard_bytes, {"format": "pt"})
+        write_json(partial / "config.json", hf_config(facts, dtype))
+        write_companions(partial, facts, tokenizer)
+
+
+def save_paddle(
+    model: paddle.nn.Layer,
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that PaddleNLP's own `AutoModelForCausalLM.from_pretrained` opens. Arguments as for `save_hf`.
+
+    A tied head is stored again, as PaddleNLP does: without it a load says that the head is newly initialized.
+    """
+    facts, dtype = _checked(model, dtype)
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for name in convert.hf_shapes(facts):
+        paddle_name = convert.to_paddle(name)
+        parameter = parameters[paddle_name]
+        tensors[paddle_name] = _promise(parameter, name, tuple(parameter.shape), dtype, turn=False)
+    if facts["tie_word_embeddings"]:
+        tensors[convert.HEAD] = tensors[convert.to_paddle(convert.EMBEDDING)]
+    with new_folder(Path(folder)) as partial:
+        write_shards(partial, "model", tensors, max_shard_bytes, {"format": "np"})
+        write_json(partial / "config.json", paddle_config(facts, dtype))
+        write_companions(partial, facts, tokenizer)
+
+
+def _checked(model: paddle.nn.Layer, dtype: str | None) -> tuple[dict, str]:
+    if isinstance(model, LoRAModel):
+        raise ArgumentError("the model has an adapter", fix="Merge it first (merge_lora), or save the adapter (save_peft).")
+    own = str(model.qwen2.embed_tokens.weight.dtype).removeprefix("paddle.")
+    return facts_of(model), dtype or own
+
+
+def _promise(parameter: paddle.Tensor, name: str, shape: tuple[int, ...], dtype: str, *, turn: bool) -> Promise:
+    def make() -> np.ndarray:
+        array = cast(as_numpy(parameter), dtype, name)
+        return convert.turned(array, name) if turn else array
+
+    return Promise(numpy_dtype(dtype), shape, make)
+
+
+def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    """The array in another dtype, rounded to the nearest even.
+
+    Raises:
+        ArgumentError: a finite value becomes infinite in float16.
+    """
+    with np.errstate(over="ignore"):
+        result = array.astype(numpy_dtype(dtype), copy=False)
+    if dtype == "float16" and np.isinf(result).any() and not np.isinf(array).any():
+        raise ArgumentError(f"{name} has values beyond float16's 65504", where="dtype", fix="Use bfloat16 or float32.")
+    return result
+
+
+def write_companions(folder: Path, facts: dict, tokenizer: Path | None) -> None:
+    """Write generation_config.json, and copy the tokenizer's files as they are.
+
+    Args:
+        facts: The model's, for its end tokens.
+        tokenizer: Folder with the tokenizer, and perhaps the generation config the model came with.
+    """
+    for path in tokenizer_files(tokenizer) if tokenizer else []:
+        shutil.copyfile(path, folder / path.name)
+    write_json(folder / "generation_config.json", generation_config(facts, tokenizer))
+
+
+def generation_config(facts: dict, tokenizer: Path | None) -> dict:
+    """The generation config a model came with, its end tokens completed by those of the chat template.
+
+    A base model has only `<|endoftext|>`; tuned on chats it ends its turns with `<|im_end|>` and has to stop there.
+    """
+    found: dict = {}
+    if tokenizer and (tokenizer / "generation_config.json").exists():
+        found = read_json(tokenizer / "generation_config.json")
+    special = special_tokens(tokenizer) if tokenizer else {}
+    stops = [special[token] for token in CHAT_STOPS if token in special]
+    for value in (found.get("eos_token_id"), facts["eos_token_id"]):
+        stops += value if isinstance(value, list) else [] if value is None else [value]
+    config = {"do_sample": False} | found
+    if facts["bos_token_id"] is not None:
+        config.setdefault("bos_token_id", facts["bos_token_id"])
+    pad = special.get("<|endoftext|>", facts["pad_token_id"])
+    if pad is not None:
+        config.setdefault("pad_token_id", pad)
+    if stops:
+        config["eos_token_id"] = list(dict.fromkeys(stops))
+    return config
+
+
+def special_tokens(tokenizer: Path) -> dict[str, int]:
+    """Added tokens and their ids, from tokenizer.json or tokenizer_config.json."""
+    if (tokenizer / "tokenizer.json").exists():
+        added = read_json(tokenizer / "tokenizer.json").get("added_tokens") or []
+        return {token["content"]: token["id"] for token in added}
+    if (tokenizer / "tokenizer_config.json").exists():
+        added = read_json(tokenizer / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        return {token["content"]: int(number) for number, token in added.items()}
+    return {}

@@ -1,0 +1,86 @@
+"""KEY=VALUE arguments: dotted recipe keys with YAML values, laid over the tree of a recipe file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.errors import Fault
+from finetune.recipe.tree import Path, parse_yaml
+
+# Setting one on the command line takes the place of the other in the file.
+_EXCLUSIVE = (
+    ("training.max_steps", "training.num_train_epochs"),
+    ("training.warmup_steps", "training.warmup_ratio"),
+    ("data.eval", "data.eval_fraction"),
+)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[Path, str], list[Fault]]:
+    """Lay overrides over `tree`, in place, the last of a key winning.
+
+    A value of null takes a key out again, so that its default holds; `lora=null` is full fine-tuning.
+
+    Returns:
+        The argument that set each path, for messages, and what was wrong with arguments themselves.
+    """
+    places: dict[Path, str] = {}
+    faults: list[Fault] = []
+    for argument in overrides:
+        place = f"argument {_shown(argument)}"
+        if not argument.isprintable():
+            faults.append(Fault("it holds bytes that are not text", place, "Use UTF-8 without control characters."))
+            continue
+        key, sign, text = argument.partition("=")
+        path: Path = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
+        if not sign or not all(str(part) for part in path) or isinstance(path[0], int):
+            faults.append(Fault("this is not KEY=VALUE", place, "Write for example training.max_steps=3."))
+            continue
+        parsed = parse_yaml(text)
+        faults += [Fault(what, place, fix) for _, what, fix in parsed.faults]
+        if parsed.faults:
+            continue
+        fault = _place(tree, path, parsed.value)
+        if fault:
+            faults.append(Fault(fault, place))
+            continue
+        places[path] = place
+        if parsed.value:
+            _displace(tree, key.strip(), places)
+    return places, faults
+
+
+def _shown(argument: str) -> str:
+    return repr(argument if len(argument) <= 80 else f"{argument[:77]}...")
+
+
+def _place(tree: dict[str, Any], path: Path, value: Any) -> str | None:
+    """Put a value where the path says; sections on the way are made. Returns what is wrong with the path, if so."""
+    at: Any = tree
+    for index, part in enumerate(path[:-1]):
+        if isinstance(at, dict) and at.get(str(part)) is None:
+            at[str(part)] = {}
+        if isinstance(at, list) and isinstance(part, int) and part < len(at):
+            at = at[part]
+        elif isinstance(at, dict):
+            at = at[str(part)]
+        if not isinstance(at, (dict, list)):
+            return f"{'.'.join(map(str, path[: index + 1]))} is a value and has no keys"
+    last = path[-1]
+    if isinstance(at, list):
+        if not isinstance(last, int) or last >= len(at):
+            return f"{'.'.join(map(str, path[:-1]))} is a list of {len(at)}, which has no item {last!r}"
+        at[last] = value
+    elif value is None and path != ("training", "save_total_limit"):
+        at.pop(str(last), None)
+    else:
+        at[str(last)] = value
+    return None
+
+
+def _displace(tree: dict[str, Any], key: str, places: dict[Path, str]) -> None:
+    for pair in _EXCLUSIVE:
+        if key in pair:
+            section, name = pair[1 - pair.index(key)].split(".")
+            if (section, name) not in places and isinstance(tree.get(section), dict):
+                tree[section].pop(name, None)

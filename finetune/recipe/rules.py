@@ -1,0 +1,255 @@
+"""Rules that look at several keys of a recipe at once: what excludes, needs or makes no use of what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from finetune.errors import ArgumentError
+from finetune.recipe.names import nearest
+from finetune.recipe.schema import QWEN2_LINEARS, REFERENCE_FREE_LOSSES, DpoSection, Recipe
+
+# Losses that stay meaningful with reference log-probabilities of 0; the others compare each side with the reference.
+_MAY_DROP_REFERENCE = ("sigmoid", "hinge", "ipo", *REFERENCE_FREE_LOSSES)
+
+
+@dataclass(frozen=True)
+class Clash:
+    """Keys that do not go together.
+
+    Attributes:
+        keys: Dotted keys; the first is the one to point at. With a fault in any of them the rule is not applied.
+    """
+
+    keys: tuple[str, ...]
+    what: str
+    fix: str
+
+
+def clashes(recipe: Recipe) -> Iterator[Clash]:
+    """All rules that `recipe`, whose single values are right, breaks."""
+    yield from _method_rules(recipe)
+    yield from _lora_rules(recipe)
+    yield from _data_rules(recipe)
+    yield from _length_rules(recipe)
+    yield from _schedule_rules(recipe)
+    yield from _evaluation_rules(recipe)
+    if recipe.dpo and recipe.method == "dpo":
+        yield from _loss_rules(recipe.dpo)
+        yield from _reference_rules(recipe.dpo)
+    yield from _distributed_rules(recipe)
+
+
+def _method_rules(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.dpo and recipe.method != "dpo":
+        yield Clash(("dpo", "method"), "dpo is set, but method is sft", "Remove the section or write 'method: dpo'.")
+    if recipe.method == "dpo" and recipe.data.train_on != "responses":
+        yield Clash(
+            ("data.train_on", "method"),
+            f"data.train_on is {recipe.data.train_on}, but method dpo scores the responses",
+            "Leave data.train_on out or write responses.",
+        )
+    for name in ("train", "eval"):
+        for index, source in enumerate(getattr(recipe.data, name)):
+            right = ("auto", "preference") if recipe.method == "dpo" else ("auto", "messages", "alpaca", "sharegpt")
+            if source.format not in right:
+                yield Clash(
+                    (f"data.{name}.{index}.format", "method"),
+                    f"data.{name}[{index}].format is {source.format}, but method is {recipe.method}",
+                    f"Use one of {', '.join(right)}.",
+                )
+
+
+def _lora_rules(recipe: Recipe) -> Iterator[Clash]:
+    lora = recipe.lora
+    if lora is None:
+        return
+    if isinstance(lora.target_modules, list):
+        for name in lora.target_modules:
+            if name not in QWEN2_LINEARS:
+                near = nearest(name, QWEN2_LINEARS)
+                yield Clash(
+                    ("lora.target_modules",),
+                    f"lora.target_modules names {name!r}, which Qwen2 has not",
+                    (f"Did you mean {near}? " if near else "") + f"There are {', '.join(QWEN2_LINEARS)}.",
+                )
+        if len(set(lora.target_modules)) < len(lora.target_modules):
+            yield Clash(("lora.target_modules",), "lora.target_modules names a module twice", "Name each once.")
+    if lora.variant == "pissa" and lora.dropout > 0:
+        yield Clash(
+            ("lora.dropout", "lora.variant"),
+            f"lora.dropout is {lora.dropout}, but pissa keeps principal components in the adapter, which dropout breaks",
+            "Set lora.dropout to 0 or use another lora.variant.",
+        )
+    if lora.loraplus_lr_ratio is not None and lora.variant != "lora_plus":
+        yield Clash(
+            ("lora.loraplus_lr_ratio", "lora.variant"),
+            f"lora.loraplus_lr_ratio is set, but lora.variant is {lora.variant}, which does not use it",
+            "Remove it or write 'variant: lora_plus'.",
+        )
+
+
+def _data_rules(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.data.eval and recipe.data.eval_fraction > 0:
+        yield Clash(
+            ("data.eval_fraction", "data.eval"),
+            "data.eval and data.eval_fraction are both set",
+            "Keep one: rows of their own, or a share of the training rows.",
+        )
+
+
+def _length_rules(recipe: Recipe) -> Iterator[Clash]:
+    training = recipe.training
+    if training.max_steps is not None and training.num_train_epochs is not None:
+        yield Clash(
+            ("training.num_train_epochs", "training.max_steps"),
+            "training.max_steps and training.num_train_epochs are both set",
+            "Keep one; with neither, 3 epochs are trained.",
+        )
+    if training.warmup_steps > 0 and training.warmup_ratio > 0:
+        yield Clash(
+            ("training.warmup_ratio", "training.warmup_steps"),
+            "training.warmup_steps and training.warmup_ratio are both above 0",
+            "Keep one.",
+        )
+
+
+def _schedule_rules(recipe: Recipe) -> Iterator[Clash]:
+    training = recipe.training
+    kind = training.lr_scheduler_type
+    if kind == "constant":
+        for name in ("warmup_steps", "warmup_ratio"):
+            if getattr(training, name) > 0:
+                yield Clash(
+                    (f"training.{name}", "training.lr_scheduler_type"),
+                    f"training.{name} is above 0, but training.lr_scheduler_type constant has no warm-up",
+                    "Use constant_with_warmup, or 0.",
+                )
+    if kind == "cosine_with_min_lr" and training.min_lr_ratio is None:
+        yield Clash(
+            ("training.lr_scheduler_type", "training.min_lr_ratio"),
+            "training.lr_scheduler_type is cosine_with_min_lr, but training.min_lr_ratio is not set",
+            "Set training.min_lr_ratio, for example to 0.1.",
+        )
+    if kind != "cosine_with_min_lr" and training.min_lr_ratio is not None:
+        yield Clash(
+            ("training.min_lr_ratio", "training.lr_scheduler_type"),
+            f"training.min_lr_ratio is set, but training.lr_scheduler_type is {kind}, which does not use it",
+            "Remove it or use cosine_with_min_lr.",
+        )
+
+
+def _evaluation_rules(recipe: Recipe) -> Iterator[Clash]:
+    training, data = recipe.training, recipe.data
+    if not data.eval and data.eval_fraction == 0:
+        for name in ("eval_steps", "early_stopping_patience", "load_best_model_at_end"):
+            if getattr(training, name):
+                yield Clash(
+                    (f"training.{name}", "data.eval", "data.eval_fraction"),
+                    f"training.{name} is set, but there is nothing to evaluate on",
+                    "Set data.eval or data.eval_fraction.",
+                )
+    elif training.load_best_model_at_end and training.eval_steps and training.save_steps % training.eval_steps:
+        yield Clash(
+            ("training.save_steps", "training.eval_steps", "training.load_best_model_at_end"),
+            f"training.save_steps is {training.save_steps}, which is not a multiple of training.eval_steps,"
+            f" {training.eval_steps}, so the best step might not be saved",
+            "Make it a multiple, or set load_best_model_at_end to false.",
+        )
+
+
+def _loss_rules(dpo: DpoSection) -> Iterator[Clash]:
+    used_by = {
+        "label_smoothing": ("sigmoid", dpo.label_smoothing > 0),
+        "simpo_gamma": ("simpo", dpo.simpo_gamma is not None),
+        "dpop_lambda": ("dpop", dpo.dpop_lambda is not None),
+    }
+    for name, (loss, is_set) in used_by.items():
+        if is_set and dpo.loss_type != loss:
+            yield Clash(
+                (f"dpo.{name}", "dpo.loss_type"),
+                f"dpo.{name} is set, but dpo.loss_type {dpo.loss_type} does not use it",
+                f"Remove it or write 'loss_type: {loss}'.",
+            )
+    if dpo.loss_type == "orpo" and dpo.sft_loss_ratio > 0:
+        yield Clash(
+            ("dpo.sft_loss_ratio", "dpo.loss_type"),
+            "dpo.sft_loss_ratio is above 0, but orpo already contains the SFT loss; dpo.beta weighs the other term",
+            "Remove it.",
+        )
+
+
+def _reference_rules(dpo: DpoSection) -> Iterator[Clash]:
+    loss = dpo.loss_type
+    if loss in REFERENCE_FREE_LOSSES and not dpo.reference_free:
+        yield Clash(
+            ("dpo.reference_free", "dpo.loss_type"),
+            f"dpo.reference_free is false, but dpo.loss_type {loss} has no reference model",
+            "Remove it.",
+        )
+    if dpo.reference_free and loss not in _MAY_DROP_REFERENCE:
+        yield Clash(
+            ("dpo.reference_free", "dpo.loss_type"),
+            f"dpo.reference_free is true, but dpo.loss_type {loss} needs a reference",
+            f"Remove it or use one of {', '.join(_MAY_DROP_REFERENCE)}.",
+        )
+    if not dpo.reference_free and loss not in REFERENCE_FREE_LOSSES:
+        return
+    why = f"dpo.loss_type {loss} has no reference model" if loss in REFERENCE_FREE_LOSSES else "reference_free is true"
+    if dpo.reference is not None:
+        yield Clash(
+            ("dpo.reference", "dpo.loss_type", "dpo.reference_free"), f"dpo.reference is set, but {why}", "Remove it."
+        )
+    if dpo.precompute_ref_log_probs:
+        yield Clash(
+            ("dpo.precompute_ref_log_probs", "dpo.loss_type", "dpo.reference_free"),
+            f"dpo.precompute_ref_log_probs is true, but {why}",
+            "Remove it or write false.",
+        )
+
+
+def _distributed_rules(recipe: Recipe) -> Iterator[Clash]:
+    distributed = recipe.distributed
+    degree = distributed.sharding_parallel_degree
+    if degree == 0:
+        yield Clash(
+            ("distributed.sharding_parallel_degree",),
+            "distributed.sharding_parallel_degree is 0",
+            "Use the number of processes that share a copy, or -1 for all of them.",
+        )
+    elif distributed.sharding and degree == 1:
+        yield Clash(
+            ("distributed.sharding_parallel_degree", "distributed.sharding"),
+            f"distributed.sharding is {distributed.sharding}, but over 1 process nothing is sharded",
+            "Use 2 or more, or leave it out for all data-parallel processes.",
+        )
+    elif not distributed.sharding and degree != 1:
+        yield Clash(
+            ("distributed.sharding_parallel_degree", "distributed.sharding"),
+            f"distributed.sharding_parallel_degree is {degree}, but distributed.sharding is not set",
+            "Set distributed.sharding to stage1, stage2 or stage3, or leave the degree out.",
+        )
+
+
+def check_world_size(recipe: Recipe, world: int) -> None:
+    """Compare the degrees of `distributed` with the number of processes, machines times processes on each.
+
+    Raises:
+        ArgumentError: the product of the degrees does not divide the number of processes.
+    """
+    distributed = recipe.distributed
+    degrees = {
+        "tensor_parallel_degree": distributed.tensor_parallel_degree,
+        "pipeline_parallel_degree": distributed.pipeline_parallel_degree,
+        "sharding_parallel_degree": max(distributed.sharding_parallel_degree, 1),
+    }
+    product = 1
+    for degree in degrees.values():
+        product *= degree
+    if world % product:
+        named = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1)
+        raise ArgumentError(
+            f"{named} needs a multiple of {product} processes, but there {'is' if world == 1 else 'are'} {world}",
+            where="distributed",
+            fix=f"Start with --nproc {product}, or lower the degrees.",
+        )

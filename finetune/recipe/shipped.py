@@ -1,0 +1,94 @@
+"""Recipes and example data that come with the package, and how RECIPE on a command line finds a file.
+
+`finetune/shipped/` holds links to the repository's `recipes/` and `data/examples/`; a wheel holds the files themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from finetune.errors import ArgumentError, RecipeError
+
+SHIPPED = Path(__file__).parent.parent / "shipped"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Files of the shipped recipes by name, sorted."""
+    return {file.stem: file for file in sorted((SHIPPED / "recipes").glob("*.yaml"))}
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of a shipped recipe.
+
+    Raises:
+        ArgumentError: there is none of that name; the message has the nearest names.
+    """
+    recipes = shipped_recipes()
+    key = name.removesuffix(".yaml")
+    if key not in recipes:
+        near = difflib.get_close_matches(key, recipes, n=3, cutoff=0.4)
+        fix = f"Did you mean {' or '.join(near)}?" if near else "`finetune recipes list` names them all."
+        raise ArgumentError(f"there is no shipped recipe {name!r}", where="NAME", fix=fix)
+    return recipes[key]
+
+
+def copy_shipped(name: str, target: Path, *, replace: bool = False) -> Path:
+    """Copy a shipped recipe to `target`, or into it when it is a folder.
+
+    Raises:
+        ArgumentError: there is no such recipe, the file exists and `replace` is false, or it cannot be written.
+    """
+    source = shipped_recipe(name)
+    if target.is_dir():
+        target = target / source.name
+    try:
+        with target.open("w" if replace else "x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise ArgumentError(f"{target} exists", where="FILE", fix="Add --force to replace it.") from error
+    except OSError as error:
+        raise ArgumentError(f"{target} cannot be written: {error.strerror}", where="FILE") from error
+    return target
+
+
+def summary(file: Path) -> str:
+    """What a recipe does: the first line of its header."""
+    with file.open(encoding="utf-8") as lines:
+        return lines.readline().lstrip("# ").rstrip()
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file that RECIPE names: a file, or else a shipped recipe.
+
+    Raises:
+        RecipeError: neither, or a folder; the message says what was probably meant.
+    """
+    text = os.fspath(recipe)
+    file = Path(text)
+    if "\0" in text or not text:
+        raise RecipeError(f"{text!r} cannot be a file's name", where="RECIPE", fix="Name a recipe file")
+    if file.is_dir():
+        inside = file / "recipe.yaml"
+        fix = f"Did you mean {inside}?" if inside.is_file() else "Name a YAML file."
+        raise RecipeError(f"{text} is a folder", where="RECIPE", fix=fix)
+    if os.path.exists(text):
+        return file
+    recipes = shipped_recipes()
+    if text in recipes:
+        return recipes[text]
+    raise RecipeError(f"there is no file {text}", where="RECIPE", fix=_fix_for_missing(text, file, recipes))
+
+
+def _fix_for_missing(text: str, file: Path, recipes: dict[str, Path]) -> str:
+    if "=" in text:
+        return "RECIPE comes first, then KEY=VALUE."
+    try:
+        beside = {str(file.with_name(path.name)): path for path in file.parent.glob("*.y*ml")}
+    except OSError:
+        beside = {}
+    near = difflib.get_close_matches(text, [*beside, *recipes], n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(file.stem, recipes, n=1, cutoff=0.6)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    return hint + "`finetune recipes list` names the shipped ones."

@@ -1,0 +1,434 @@
+"""report.html: a run on one page that needs nothing but a browser, not even a network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from finetune.errors import DataError
+from finetune.report.charts import Chart, draw, series, smooth_line
+from finetune.report.console import format_number, format_seconds
+from finetune.report.metrics import read_metrics
+
+MAX_SAMPLES = 24
+MAX_SAMPLE_CHARS = 1200
+MAX_FILES = 100
+MAX_RECIPE_CHARS = 40_000
+
+METHODS = {"sft": "supervised fine-tuning", "dpo": "preference optimization (DPO)"}
+
+VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "lora_plus": "LoRA+", "pissa": "PiSSA"}
+
+COUNT_NAMES = {"unsupervised": "without a supervised token", "longest": "tokens of the longest row"}
+ALWAYS_COUNTED = ("read", "kept", "truncated", "dropped")
+
+_YAML_LINE = re.compile(r"^(\s*(?:- )?)([\w.-]+:)(.*?)(\s#.*)?$")
+
+
+@dataclass
+class Run:
+    """What a run's folder holds; parts that are missing are empty, and `notes` says what could not be read."""
+
+    folder: Path
+    recipe_text: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[Mapping[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write report.html of a run, finished or not, from the other files in its folder.
+
+    A file that is missing leaves its part of the page out. One that cannot be read does too, and the page says so: a
+    finished run must not fail for its report.
+
+    Args:
+        run_folder: Holds metrics.jsonl, recipe.yaml, manifest.json, and samples.json: a list of objects with `prompt`,
+            `after`, and, if known, `reference` and `before`.
+
+    Returns:
+        The path of the page, replaced whole.
+    """
+    page = render_report(read_run(Path(run_folder)))
+    path = Path(run_folder) / "report.html"
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(page)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    return path
+
+
+def read_run(folder: Path) -> Run:
+    """Read what a run's folder holds."""
+    run = Run(folder=folder)
+    try:
+        run.rows = [row for row in read_metrics(folder / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    except DataError as error:
+        run.notes.append(f"No curves: {error}")
+    if (folder / "recipe.yaml").exists():
+        run.recipe_text = (folder / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+        try:
+            recipe = yaml.safe_load(run.recipe_text)
+            run.recipe = recipe if isinstance(recipe, dict) else {}
+        except yaml.YAMLError:
+            run.notes.append("recipe.yaml is not valid YAML.")
+    manifest = _read_json(run, "manifest.json")
+    run.manifest = manifest if isinstance(manifest, dict) else {}
+    samples = _read_json(run, "samples.json")
+    run.samples = [sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
+    return run
+
+
+def render_report(run: Run) -> str:
+    """Write a run as an HTML page."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters["json"] = lambda value: json.dumps(value, separators=(",", ":"))
+    files = resources.files("finetune.report")
+    template = environment.from_string((files / "report.html.j2").read_text(encoding="utf-8"))
+    loss, eval_loss = series(run.rows, "loss", "loss"), series(run.rows, "eval_loss", "eval loss")
+    return template.render(
+        css=Markup((files / "report.css").read_text(encoding="utf-8")),
+        js=Markup((files / "report.js").read_text(encoding="utf-8")),
+        name=_name(run),
+        title=_title(run),
+        what=_what(run),
+        went=_went(loss, eval_loss, run.rows),
+        status=_status(run),
+        tiles=list(_tiles(run, loss, eval_loss)),
+        charts=_charts(run.rows),
+        samples=[_sample(sample) for sample in run.samples[:MAX_SAMPLES]],
+        samples_left=max(0, len(run.samples) - MAX_SAMPLES),
+        matches=_matches(run.samples),
+        data=_data(run.manifest),
+        throughput=list(_throughput(run)),
+        recipe=[_yaml_line(line) for line in run.recipe_text[:MAX_RECIPE_CHARS].splitlines()],
+        recipe_cut=len(run.recipe_text) > MAX_RECIPE_CHARS,
+        provenance=list(_provenance(run.manifest)),
+        notes=run.notes,
+    )
+
+
+def _read_json(run: Run, name: str) -> Any:
+    path = run.folder / name
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        run.notes.append(f"{name} is not valid JSON.")
+        return None
+
+
+def _get(mapping: Mapping[str, Any], *keys: str) -> Any:
+    """Look up nested keys; None when one is missing."""
+    value: Any = mapping
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _name(run: Run) -> str:
+    return run.folder.resolve().name
+
+
+def _method(run: Run) -> str:
+    return str(run.manifest.get("method") or run.recipe.get("method") or "")
+
+
+def _model(run: Run) -> str:
+    return str(_get(run.manifest, "base_model", "path") or _get(run.recipe, "model", "path") or "")
+
+
+def _title(run: Run) -> str:
+    model = _model(run).rstrip("/").split("/")[-1]
+    return f"{model}: {METHODS.get(_method(run), 'training')}" if model else _name(run)
+
+
+def _what(run: Run) -> str:
+    """Say in a sentence or two what was trained, on what, and for how long."""
+    if not (run.recipe or run.manifest or run.rows):
+        return "This folder holds no record of a run yet."
+    text = METHODS.get(_method(run), "training")
+    text = text[0].upper() + text[1:] + f" of {_model(run) or 'a model'}"
+    lora = run.recipe.get("lora")
+    if isinstance(lora, dict):
+        text += f" with {VARIANTS.get(lora.get('variant', 'lora'), 'LoRA')} of rank {lora.get('rank')}"
+    elif run.recipe:
+        text += ", all weights,"
+    kept = _get(run.manifest, "data", "train", "kept")
+    files = [Path(str(entry.get("path"))).name for entry in _files(run.manifest, "train")]
+    if files:
+        rows = f"{kept:,} rows of " if isinstance(kept, int) else ""
+        text += f" on {rows}{files[0] if len(files) == 1 else f'{len(files)} files'}"
+    text += "."
+    if run.rows:
+        text += f" {_count(run.rows[-1]['step'], 'optimizer step')}"
+        seconds = _training_seconds(run)
+        text += f" in {_duration(seconds)}" if seconds is not None else ""
+        device = run.manifest.get("device")
+        text += f" on {'the CPU' if device == 'cpu' else device}" if device else ""
+        text += "."
+    return text.replace(",.", ".")
+
+
+def _went(loss: Any, eval_loss: Any, rows: list[dict[str, Any]]) -> str:
+    """Say how it went, in words that the numbers bear out."""
+    parts = []
+    ends = _ends(loss)
+    if ends:
+        first, last = ends
+        moved = "fell" if last < first else "rose"
+        still = math.isclose(first, last, rel_tol=0.005)
+        parts.append(f"Training loss stayed at {last:.3g}." if still else f"Training loss {moved} from {first:.3g} to {last:.3g}.")
+    values = eval_loss.values[np.isfinite(eval_loss.values)]
+    if len(values):
+        best = int(np.argmin(values))
+        step = int(eval_loss.steps[np.isfinite(eval_loss.values)][best])
+        text = f"Evaluation loss was lowest at step {step:,} ({values[best]:.3g})"
+        if values[-1] > values[best] * 1.02:
+            text += f" and ended higher, at {values[-1]:.3g}"
+        parts.append(text + ".")
+    accuracy = _ends(series(rows, "rewards/accuracies", ""))
+    if accuracy:
+        parts.append(f"At the end the chosen answer is preferred in {accuracy[1]:.0%} of training pairs.")
+    return " ".join(parts)
+
+
+def _status(run: Run) -> tuple[str, str]:
+    """Give the state of the run, and its CSS class."""
+    done, planned = run.rows[-1]["step"] if run.rows else 0, _get(run.manifest, "steps", "planned")
+    of = f" at step {done:,}" + (f" of {planned:,}" if isinstance(planned, int) else "")
+    status = run.manifest.get("status")
+    if status == "finished":
+        return "finished", "good"
+    if status == "stopped":
+        return f"stopped{of}", "bad"
+    return (f"not finished{of}" if run.rows else "no steps yet"), "open"
+
+
+def _tiles(run: Run, loss: Any, eval_loss: Any) -> Iterator[tuple[str, str, str]]:
+    """Give the headline figures as (name, value, remark)."""
+    ends = _ends(loss)
+    if ends:
+        yield "Training loss", f"{ends[1]:.3g}", f"from {ends[0]:.3g}"
+    finite = np.isfinite(eval_loss.values)
+    if finite.any():
+        best = int(np.argmin(np.where(finite, eval_loss.values, np.inf)))
+        yield "Best evaluation loss", f"{eval_loss.values[best]:.3g}", f"at step {int(eval_loss.steps[best]):,}"
+    for key, name in (("rewards/accuracies", "Pairs ranked right"), ("rewards/margins", "Reward margin")):
+        values = _ends(series(run.rows, key, ""))
+        if values:
+            shown = [f"{value:.0%}" if key.endswith("accuracies") else f"{value:.3g}" for value in values]
+            yield name, shown[1], f"from {shown[0]}"
+    matches = _matches(run.samples)
+    if matches:
+        remark = f"before: {matches['before']}" if matches["before"] is not None else "equal to the reference"
+        yield "Exact answers", f"{matches['after']} of {matches['of']}", remark
+    tokens = [row["num_tokens"] for row in run.rows if isinstance(row.get("num_tokens"), int)]
+    if tokens:
+        yield "Tokens seen", _short(tokens[-1]), f"{tokens[-1]:,}"
+    speeds = _speeds(run)
+    if speeds:
+        yield "Throughput", _short(statistics.median(speeds)), "tokens a second, median"
+    seconds = _training_seconds(run)
+    if seconds is not None:
+        yield "Time", _duration(seconds), "of training steps"
+
+
+def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
+    def pick(key: str, name: str, color: str = "a", smooth: bool = True) -> Any:
+        return series(rows, key, name, color, smooth=smooth)
+
+    evaluation = series(rows, "eval_loss", "evaluation", "b", dots=True)
+    logps = [pick("logps/chosen", "chosen"), pick("logps/rejected", "rejected", "b")]
+    rewards = [pick("rewards/chosen", "chosen"), pick("rewards/rejected", "rejected", "b")]
+    accuracies = [pick("rewards/accuracies", "accuracy")]
+    charts = [
+        draw("Loss", [pick("loss", "training"), evaluation], size="full"),
+        draw("Rewards", rewards, size="half"),
+        draw("Reward margin", [pick("rewards/margins", "margin")], size="half"),
+        draw("Share of pairs ranked right", accuracies, bounds=(0.0, 1.0), size="half"),
+        draw("Log-probability of the answers", logps, size="half"),
+        draw("Learning rate", [pick("learning_rate", "learning rate", "c", smooth=False)], from_zero=True),
+        draw("Gradient norm", [pick("grad_norm", "gradient norm", "c")], from_zero=True, log_if_wide=True),
+        draw("Tokens a second", [pick("tokens_per_second", "tokens/s", "c")], from_zero=True),
+    ]
+    return [chart for chart in charts if chart is not None]
+
+
+def _ends(line: Any) -> tuple[float, float] | None:
+    """Give the smoothed first and last value of a series, so that one lucky batch makes no headline."""
+    values = line.values[np.isfinite(line.values)]
+    if not len(values):
+        return None
+    if len(values) < 12:
+        return float(values[0]), float(values[-1])
+    first, last = np.clip(smooth_line(values, np.array([0, len(values) - 1])), values.min(), values.max())
+    return float(first), float(last)
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    reference = sample.get("reference")
+    answers = []
+    for key in ("before", "after"):
+        if sample.get(key) is not None:
+            right = None if reference is None else str(sample[key]).strip() == str(reference).strip()
+            answers.append({"name": key, "text": _clip(sample[key]), "right": right})
+    return {
+        "prompt": _clip(_prompt(sample.get("prompt", ""))),
+        "reference": None if reference is None else _clip(reference),
+        "answers": answers,
+    }
+
+
+def _prompt(prompt: Any) -> str:
+    """Write a prompt as text; messages as `role: content`, a single user message as its content."""
+    if not isinstance(prompt, list):
+        return str(prompt)
+    messages = [message for message in prompt if isinstance(message, dict)]
+    if len(messages) == 1 and messages[0].get("role") == "user":
+        return str(messages[0].get("content"))
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+
+
+def _matches(samples: list[Mapping[str, Any]]) -> dict[str, int | None] | None:
+    """Count the samples whose answer is exactly the reference; None when that says nothing (free text, no references)."""
+    known = [sample for sample in samples if sample.get("reference") is not None and sample.get("after") is not None]
+    counts = {
+        key: sum(str(sample.get(key)).strip() == str(sample["reference"]).strip() for sample in known)
+        for key in ("before", "after")
+    }
+    if not any(counts.values()):
+        return None
+    before = counts["before"] if all(sample.get("before") is not None for sample in known) else None
+    return {"before": before, "after": counts["after"], "of": len(known)}
+
+
+def _files(manifest: Mapping[str, Any], split: str) -> list[Mapping[str, Any]]:
+    files = _get(manifest, "data", split, "files")
+    return [entry for entry in files if isinstance(entry, dict)] if isinstance(files, list) else []
+
+
+def _data(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Give for each split its files and counts."""
+    splits = []
+    data = manifest.get("data")
+    for split, report in data.items() if isinstance(data, dict) else ():
+        if not isinstance(report, dict):
+            continue
+        files = _files(manifest, split)
+        counts = [
+            (COUNT_NAMES.get(key, _words(key)), f"{value:,}")
+            for key, value in report.items()
+            if isinstance(value, int) and (value or key in ALWAYS_COUNTED)
+        ]
+        rows = [(str(entry.get("path")), entry.get("rows"), str(entry.get("sha256") or "")) for entry in files]
+        splits.append(
+            {
+                "name": {"train": "Training", "eval": "Evaluation"}.get(split, split),
+                "files": [(path, f"{n:,}" if isinstance(n, int) else "", sha) for path, n, sha in rows[:MAX_FILES]],
+                "files_left": max(0, len(rows) - MAX_FILES),
+                "counts": counts,
+                "notes": [str(note) for note in report.get("notes") or ()],
+            }
+        )
+    return splits
+
+
+def _speeds(run: Run) -> list[float]:
+    return [row["tokens_per_second"] for row in run.rows if isinstance(row.get("tokens_per_second"), (int, float))]
+
+
+def _training_seconds(run: Run) -> float | None:
+    """Give the seconds spent in training steps, over all sessions of a resumed run."""
+    return max((row["seconds"] for row in run.rows if isinstance(row.get("seconds"), (int, float))), default=None)
+
+
+def _throughput(run: Run) -> Iterator[tuple[str, str]]:
+    speeds = _speeds(run)
+    if speeds:
+        tenth, median, ninetieth = np.percentile(speeds, [10, 50, 90])
+        yield "Tokens a second", f"{format_number(median)} (median)"
+        yield "Four steps in five lie between", f"{format_number(tenth)} and {format_number(ninetieth)}"
+    timed = [row for row in run.rows if isinstance(row.get("seconds"), (int, float)) and "loss" in row]
+    seconds = run.manifest.get("seconds")
+    if len(timed) > 1 and timed[-1]["seconds"] > timed[0]["seconds"]:
+        per_step = (timed[-1]["seconds"] - timed[0]["seconds"]) / (timed[-1]["step"] - timed[0]["step"] or 1)
+        yield "Seconds a step", format_number(per_step)
+    if isinstance(seconds, (int, float)):
+        resumed = (_training_seconds(run) or 0) > seconds
+        yield "Start to end" + (" of the last session" if resumed else ""), _duration(seconds)
+    for key, value in (_get(run.manifest, "tokens") or {}).items():
+        yield f"Tokens, {_words(key)}", f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _provenance(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """List the rest of the manifest, nested keys joined."""
+    for key, value in manifest.items():
+        if key in ("data", "tokens", "status", "steps", "method", "seconds") or value in (None, {}, []):
+            continue
+        if key == "command" and isinstance(value, list):
+            yield "command", " ".join(str(word) for word in value)
+        elif isinstance(value, dict):
+            for name, item in value.items():
+                yield (name if key == "versions" else f"{_words(key)}, {_words(name)}"), _plain(item)
+        else:
+            yield _words(key), _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00", value):
+        return datetime.fromisoformat(value).strftime("%d %B %Y, %H:%M:%S UTC").lstrip("0")
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 100_000:
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _yaml_line(line: str) -> tuple[str, str, str, str]:
+    """Cut a line of YAML into indent, key, rest and comment, for its colours."""
+    match = _YAML_LINE.match(line)
+    return tuple(part or "" for part in match.groups()) if match else ("", "", line, "")  # type: ignore[return-value]
+
+
+def _clip(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) <= MAX_SAMPLE_CHARS:
+        return text
+    return f"{text[:MAX_SAMPLE_CHARS]} … ({len(text) - MAX_SAMPLE_CHARS:,} more characters)"
+
+
+def _words(key: str) -> str:
+    return str(key).replace("_", " ").replace("num ", "")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{format_number(seconds)} s" if seconds < 60 else format_seconds(seconds)
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if letter == 'k' else size):.3g}{letter}"
+    return f"{number:,.0f}"

@@ -1,0 +1,55 @@
+"""One run per output folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune.errors import ArgumentError
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder/.lock` while a run writes there.
+
+    The kernel drops the lock with the process, so that a killed run never leaves a stale one; the file's content only
+    tells who the owner is.
+
+    Raises:
+        ArgumentError: another run holds it; names its process and host. Or the folder cannot be written.
+    """
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+", encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(
+            f"cannot be written ({error.strerror})", where=str(folder), fix="Choose another training.output_dir."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ArgumentError(
+                f"another run is writing there ({_owner(file.read())})",
+                where=str(folder),
+                fix="Wait for it, stop it, or choose another training.output_dir.",
+            ) from None
+        file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        file.flush()
+        yield
+
+
+def _owner(text: str) -> str:
+    try:
+        owner = json.loads(text)
+        return f"process {owner['pid']} on {owner['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "owner unknown"

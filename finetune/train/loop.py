@@ -1,0 +1,229 @@
+"""The training loop: read it top to bottom.
+
+Built on our own loop and not on PaddleNLP's Trainer, whose loss averages per micro-batch and per rank instead of per
+token, whose data order changes on resume after epoch 1, and whose checkpoints are pickles written in place
+(docs/log.md). Everything a step depends on is a function of the step number: its rows, its learning rate and its
+dropout, so that a resumed run needs weights, moments and the step number only.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.chat.batches import Plan, Step
+from finetune.errors import TrainingError
+from finetune.model.runtime import paddle as _bring_up
+from finetune.report.console import progress
+from finetune.train.optimizer import NamedAdamW, clip_gradients
+from finetune.train.parallel import World
+
+_bring_up()
+import paddle  # noqa: E402
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import TrainingSection
+
+
+@dataclass
+class RunState:
+    """What a checkpoint must hold beside weights and moments."""
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+
+
+@dataclass
+class _Interval:
+    """Sums since the last logged step."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, float], tokens: int, seconds: float) -> None:
+        self.steps += 1
+        self.tokens += tokens
+        self.seconds += seconds
+        for key, value in metrics.items():
+            self.metrics[key] = self.metrics.get(key, 0.0) + value
+
+
+def train_loop(
+    *,
+    task: Any,
+    eval_task: Any | None,
+    plan: Plan,
+    optimizer: NamedAdamW,
+    learning_rate: Callable[[int], float],
+    training: TrainingSection,
+    world: World,
+    state: RunState,
+    log: Callable[[dict], None],
+    save: Callable[[], None],
+) -> str:
+    """Run optimizer steps from `state.step` to the end of the plan.
+
+    Args:
+        task: Turns unit indices into a micro-batch and its loss (SftTask, DpoTask).
+        eval_task: The same over the evaluation rows, or None.
+        plan: Which units make up each step of this rank.
+        optimizer: Holds the trainable parameters.
+        learning_rate: Rate of a 0-based step.
+        state: Where to start; kept up to date for `save`.
+        log: Takes one row of metrics.jsonl.
+        save: Writes a checkpoint of `state.step`.
+
+    Returns:
+        "done", "early_stopping", or "interrupted" (a signal asked to stop; a checkpoint was saved).
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite; nothing was saved after the last good step.
+    """
+    total = plan.total_steps
+    interval = _Interval()
+    task.model.train()
+    with _stop_requests() as stop, progress(total, "train", unit="step", done=state.step) as bar:
+        for step in plan.steps(state.step):
+            started = time.perf_counter()
+            metrics, tokens = _step(task, step, optimizer, learning_rate, training, world)
+            seconds = time.perf_counter() - started
+            state.step += 1
+            state.num_tokens += tokens
+            state.seconds += seconds
+            interval.add(metrics, tokens, seconds)
+            last = state.step == total
+            if state.step % training.logging_steps == 0 or last:
+                row = _row(state, interval, step, learning_rate, metrics)
+                log(row)
+                bar.update(loss=row["loss"], tokens_per_second=row["tokens_per_second"])
+                interval = _Interval()
+            bar.advance(1)
+            saved = False
+            if eval_task is not None and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
+                improved = _evaluate_and_judge(eval_task, training, world, state, log)
+                if improved and training.load_best_model_at_end:
+                    save()
+                    saved = True
+                task.model.train()
+            stopping = world.all_sum([float(stop.is_set())])[0] > 0
+            due = training.save_steps and state.step % training.save_steps == 0
+            if not saved and (due or stopping or last):
+                save()
+            if stopping and not last:
+                return "interrupted"
+            patience = training.early_stopping_patience
+            if patience and state.evals_without_gain >= patience:
+                return "early_stopping"
+    return "done"
+
+
+def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[dict[str, float], int]:
+    """One optimizer step. Returns metrics (means over the step, all ranks) and the tokens of all ranks."""
+    units = [batch for batch in step.batches if len(batch)]
+    layouts = [task.layout(micro) for micro in units]
+    counts = world.all_sum([sum(map(task.weight, layouts)), sum(layout.num_tokens for layout in layouts)])
+    denominator, tokens = counts[0], int(counts[1])
+    sums: dict[str, float] = {}
+    for index, layout in enumerate(layouts):
+        paddle.seed(step_seed(training.seed, step.number, index, world.rank))
+        loss, parts = task.loss(layout, denominator)
+        loss.backward()
+        for key, value in parts.items():
+            sums[key] = sums.get(key, 0.0) + value
+    world.sum_gradients(optimizer.parameters)
+    # Named by the task, not by what came up here: every rank must send the same list.
+    totals = world.all_sum([sums.get(name, 0.0) for name in task.metric_names])
+    metrics = {name: total / denominator for name, total in zip(task.metric_names, totals)}
+    metrics["grad_norm"] = clip_gradients(optimizer.parameters, training.max_grad_norm)
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+        rows = [source for micro in units for source in task.sources(micro)]
+        raise TrainingError(
+            f"the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']} at step {step.number + 1}, "
+            f"on rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+            fix="Lower training.learning_rate or raise training.warmup_steps, and look at these rows with "
+            "`finetune preview`. The last checkpoint is good.",
+        )
+    optimizer.step(learning_rate(step.number))
+    return metrics, tokens
+
+
+def step_seed(*parts: int) -> int:
+    """A well-mixed 31-bit seed from (seed, step, micro-batch, rank)."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0] & 0x7FFFFFFF)
+
+
+def _row(state: RunState, interval: _Interval, step: Step, learning_rate, metrics: dict[str, float]) -> dict:
+    row: dict[str, Any] = {"step": state.step, "epoch": step.epoch_end}
+    row |= {key: value / interval.steps for key, value in interval.metrics.items() if key != "grad_norm"}
+    row["learning_rate"] = learning_rate(state.step - 1)
+    row["grad_norm"] = metrics["grad_norm"]
+    row["num_tokens"] = state.num_tokens
+    row["tokens_per_second"] = interval.tokens / max(interval.seconds, 1e-9)
+    row["seconds"] = state.seconds
+    return row
+
+
+def _evaluate_and_judge(eval_task, training, world, state: RunState, log) -> bool:
+    """Evaluate, log, and say whether this is the best loss so far."""
+    metrics = evaluate(eval_task, training, world)
+    log({"step": state.step} | metrics)
+    loss = metrics["eval_loss"]
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
+        return True
+    state.evals_without_gain += 1
+    return False
+
+
+def evaluate(task, training: TrainingSection, world: World) -> dict[str, float]:
+    """Means over the whole evaluation set, each name prefixed by `eval_`."""
+    task.model.eval()
+    size = training.per_device_eval_batch_size or training.per_device_train_batch_size
+    units = list(range(world.rank, len(task.packs), world.size))
+    batches = [units[i : i + size] for i in range(0, len(units), size)]
+    sums: dict[str, float] = {}
+    weight = 0
+    with paddle.no_grad(), progress(len(batches), "evaluate", unit="batch") as bar:
+        for batch in batches:
+            layout = task.layout(batch)
+            weight += task.weight(layout)
+            for key, value in task.loss(layout, 1.0)[1].items():
+                sums[key] = sums.get(key, 0.0) + value
+            bar.advance(1)
+    weight, *totals = world.all_sum([weight] + [sums.get(name, 0.0) for name in task.metric_names])
+    return {f"eval_{name}": total / weight for name, total in zip(task.metric_names, totals)}
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM ask for a stop after the current step; a second one ends the process at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def ask(signum, frame):
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)

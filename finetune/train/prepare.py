@@ -1,0 +1,217 @@
+"""All of a run that is known before weights load: data, order of rows, steps, memory. No paddle here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.chat.batches import Plan, pack, plan_steps
+from finetune.chat.dataset import DataReport, build_dataset, split_dataset
+from finetune.chat.tokenizer import Tokenizer
+from finetune.errors import ArgumentError
+from finetune.model.resolve import ModelSource, resolve_model
+from finetune.report import console
+from finetune.train.estimate import Estimate, estimate
+from finetune.train.launch import has_gpu
+from finetune.train.schedule import warmup_steps_of
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run, ready to load its weights.
+
+    Attributes:
+        recipe: What to do.
+        source: The base model.
+        tokenizer: Its tokenizer and chat template.
+        train, eval: Tokenized rows; eval is None without evaluation.
+        train_report, eval_report: What became of the rows.
+        packs, eval_packs: Row indices of each sequence the model sees.
+        plan: Which packs make up each step of this rank.
+        world_size: Processes.
+        estimate: Parameters and memory.
+    """
+
+    recipe: Recipe
+    source: ModelSource
+    tokenizer: Tokenizer
+    train: Any
+    train_report: DataReport
+    packs: list[list[int]]
+    eval: Any | None
+    eval_report: DataReport | None
+    eval_packs: list[list[int]]
+    plan: Plan
+    world_size: int
+    estimate: Estimate
+
+    @property
+    def warmup_steps(self) -> int:
+        """Optimizer steps of warm-up."""
+        training = self.recipe.training
+        return warmup_steps_of(training.warmup_steps, training.warmup_ratio, self.plan.total_steps)
+
+
+def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
+    """Resolve the model, read and tokenize the data, and plan the steps.
+
+    Raises:
+        UserError: the model, the data, or their combination is wrong.
+    """
+    _check_distributed(recipe, world_size)
+    source = resolve_model(recipe.model.path)
+    tokenizer = Tokenizer.from_folder(source.tokenizer_folder)
+    _check_lengths(recipe, source)
+    data, training = recipe.data, recipe.training
+    train, report = _build(recipe, tokenizer, data.train, "read training rows")
+    held_out, held_out_report = None, None
+    if data.eval:
+        held_out, held_out_report = _build(recipe, tokenizer, data.eval, "read evaluation rows")
+    elif data.eval_fraction:
+        train, held_out = split_dataset(train, data.eval_fraction, training.seed)
+        held_out_report = replace(report, kept=len(held_out), notes=[])
+        report = replace(report, kept=len(train))
+    packs = _packs(train, recipe)
+    plan = plan_steps(
+        len(packs),
+        batch_size=training.per_device_train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        max_steps=training.max_steps,
+        epochs=training.num_train_epochs,
+        seed=training.seed,
+        shuffle=training.shuffle,
+        world_size=world_size,
+        rank=rank,
+    )
+    return Prepared(
+        recipe=recipe,
+        source=source,
+        tokenizer=tokenizer,
+        train=train,
+        train_report=report,
+        packs=packs,
+        eval=held_out,
+        eval_report=held_out_report,
+        eval_packs=_packs(held_out, recipe) if held_out is not None else [],
+        plan=plan,
+        world_size=world_size,
+        estimate=_estimate(recipe, source, train, packs),
+    )
+
+
+def _build(recipe: Recipe, tokenizer: Tokenizer, sources, title: str):
+    with console.progress(None, title, unit="row") as bar:
+        return build_dataset(sources, tokenizer, data=recipe.data, method=recipe.method, progress=bar.advance)
+
+
+def _packs(dataset: Any, recipe: Recipe) -> list[list[int]]:
+    """One pack a row of the batch. A pair's length is prompt + chosen + rejected, so packs of pairs get twice the room."""
+    if not recipe.data.packing:
+        return [[i] for i in range(len(dataset))]
+    room = recipe.data.max_length * (2 if recipe.method == "dpo" else 1)
+    return pack(dataset.lengths, room)
+
+
+def _pack_lengths(dataset: Any, packs: list[list[int]]) -> np.ndarray:
+    return np.array([dataset.lengths[p].sum() for p in packs], np.int64)
+
+
+def _estimate(recipe: Recipe, source: ModelSource, dataset: Any, packs: list[list[int]]) -> Estimate:
+    lengths = np.sort(_pack_lengths(dataset, packs))[::-1]
+    size = recipe.training.per_device_train_batch_size
+    longest = int(lengths[0])
+    dtype = recipe.model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if has_gpu() else "float32"
+    return estimate(
+        recipe,
+        source.config,
+        dtype=dtype,
+        tokens_per_micro_batch=longest * min(size, len(lengths)),
+        length=longest,
+    )
+
+
+def _check_lengths(recipe: Recipe, source: ModelSource) -> None:
+    longest = source.config["max_position_embeddings"]
+    if recipe.data.max_length > longest:
+        raise ArgumentError(
+            f"is {recipe.data.max_length:,}, but the model knows {longest:,} positions",
+            where="data.max_length",
+            fix=f"Set it to at most {longest}.",
+        )
+
+
+def _check_distributed(recipe: Recipe, world_size: int) -> None:
+    """Refuse what this version does not do, instead of training something else."""
+    wanted = recipe.distributed
+    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
+        if getattr(wanted, name) > 1:
+            raise ArgumentError(
+                f"{getattr(wanted, name)} was asked for, but this version trains with data parallelism only",
+                where=f"distributed.{name}",
+                fix="Set it to 1, and use LoRA, training.recompute and bfloat16 to fit a larger model.",
+            )
+    if wanted.sharding:
+        raise ArgumentError(
+            f"{wanted.sharding!r} was asked for, but this version does not shard optimizer state",
+            where="distributed.sharding",
+            fix="Leave it empty, and use LoRA, training.recompute and bfloat16 to fit a larger model.",
+        )
+
+
+def describe(prepared: Prepared, resumed_at: int = 0) -> None:
+    """Print what the run will do, and what of the data was cut or left out."""
+    recipe, report, plan, size = prepared.recipe, prepared.train_report, prepared.plan, prepared.estimate
+    training = recipe.training
+    per_step = (
+        f"{training.per_device_train_batch_size} rows x {training.gradient_accumulation_steps} micro-batches"
+        + (f" x {prepared.world_size} processes" if prepared.world_size > 1 else "")
+    )
+    share = 100 * size.trainable / (size.parameters + (size.trainable if recipe.lora else 0))
+    sequences = len(prepared.packs)
+    console.table(
+        f"{recipe.method.upper()} of {recipe.model.path}",
+        [
+            ("tuning", _tuning(recipe)),
+            ("trainable parameters", f"{size.trainable:,} of {size.parameters:,} ({share:.2f} %)"),
+            ("rows", _rows(report)),
+            ("packed into", f"{sequences:,} sequences" if recipe.data.packing else None),
+            ("tokens per epoch", f"{report.tokens:,}, {report.supervised_tokens:,} of them trained on"),
+            ("evaluation rows", None if prepared.eval is None else len(prepared.eval)),
+            ("steps", f"{plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs), {per_step}"),
+            ("resumed after step", resumed_at or None),
+            ("memory, estimated", f"{_size(size.total)} ({_parts(size)})"),
+            ("output", training.output_dir),
+        ],
+    )
+    for note in report.notes + (prepared.eval_report.notes if prepared.eval_report else []):
+        console.warn(note)
+
+
+def _tuning(recipe: Recipe) -> str:
+    lora = recipe.lora
+    if lora is None:
+        return "full"
+    modules = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    return f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g}, {modules}"
+
+
+def _rows(report: DataReport) -> str:
+    counts = [("truncated", report.truncated), ("dropped", report.dropped), ("unsupervised", report.unsupervised)]
+    odd = ", ".join(f"{count:,} {name}" for name, count in counts if count)
+    return f"{report.kept:,} of {report.read:,}" + (f" ({odd})" if odd else "")
+
+
+def _parts(size: Estimate) -> str:
+    parts = ("weights", "gradients", "optimizer", "activations")
+    return ", ".join(f"{name} {_size(getattr(size, name))}" for name in parts)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

@@ -1,0 +1,121 @@
+"""Where a run starts: anew, from its newest good checkpoint, or not at all because it is finished."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import Fault, RecipeError
+from finetune.report import console
+from finetune.train.checkpoint import Checkpoint, newest_good, open_checkpoint, sweep
+
+if TYPE_CHECKING:
+    from finetune.train.parallel import World
+    from finetune.train.prepare import Prepared
+
+# Keys that may change between a run and its resumption: they leave the remaining steps as they were.
+_FREE = {
+    "training.output_dir",
+    "training.logging_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+    "training.eval_steps",
+    "training.load_best_model_at_end",
+    "training.early_stopping_patience",
+    "training.per_device_eval_batch_size",
+    "training.recompute",
+    "training.resume_from_checkpoint",
+    "data.eval",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Attributes: the checkpoint to resume from or None, its step (0 for a new run), and whether nothing is left to do."""
+
+    checkpoint: Checkpoint | None = None
+    step: int = 0
+    finished: bool = False
+
+
+def fingerprint(prepared: Prepared) -> dict[str, Any]:
+    """All that the remaining steps of a run depend on, flat: dotted recipe keys, data files by hash, processes."""
+    recipe = prepared.recipe
+    flat = _flatten(recipe.model_dump(mode="json"))
+    if recipe.training.lr_scheduler_type in ("constant", "constant_with_warmup") and not recipe.training.warmup_ratio:
+        for key in ("training.max_steps", "training.num_train_epochs"):
+            flat.pop(key, None)
+    kept = {k: v for k, v in flat.items() if k not in _FREE and not k.startswith("data.train")}
+    kept["data.train"] = [file.sha256 or file.path for file in prepared.train_report.files]
+    kept["processes"] = prepared.world_size
+    return kept
+
+
+def find_start(prepared: Prepared, world: World) -> Start:
+    """Decide where to start, as training.resume_from_checkpoint says: auto, never, or a checkpoint folder.
+
+    Raises:
+        RecipeError: the recipe or the data changed in a way that would make the resumed run another run.
+        CheckpointError: the folder asked for is no good checkpoint.
+    """
+    training = prepared.recipe.training
+    output = Path(training.output_dir)
+    root = output / "checkpoints"
+    wanted = training.resume_from_checkpoint
+    if wanted == "never":
+        return Start()
+    if wanted != "auto":
+        checkpoint = open_checkpoint(Path(wanted))
+    else:
+        if world.is_main:
+            sweep(root)
+        world.barrier()
+        checkpoint = newest_good(root, console.warn)
+        if checkpoint is None:
+            return Start()
+    saved = checkpoint.state()
+    _refuse_changes(saved["fingerprint"], fingerprint(prepared), checkpoint)
+    done = saved["run"]["step"] >= prepared.plan.total_steps
+    return Start(checkpoint, checkpoint.step, finished=done and wanted == "auto" and _has_final(output))
+
+
+def _has_final(output: Path) -> bool:
+    try:
+        manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return manifest.get("status") == "finished" and (output / "final").is_dir()
+
+
+def _refuse_changes(then: dict[str, Any], now: dict[str, Any], checkpoint: Checkpoint) -> None:
+    now = json.loads(json.dumps(now))
+    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    if not changed:
+        return
+    faults = []
+    for key in changed:
+        if key == "data.train":
+            what = "the training data changed since the checkpoint was written"
+        else:
+            what = f"is {now.get(key)!r}, but the checkpoint was written with {then.get(key)!r}"
+        faults.append(Fault(what, key))
+    faults.append(
+        Fault(
+            f"{checkpoint.folder} cannot be resumed with these changes",
+            fix="Undo them, choose another training.output_dir, or start over with "
+            "training.resume_from_checkpoint=never. To train the weights further as a new run, set model.path to the "
+            "checkpoint.",
+        )
+    )
+    raise RecipeError.of(faults)
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+    return out

@@ -1,0 +1,197 @@
+"""`finetune train`: from a recipe to a run's folder.
+
+output_dir/ holds recipe.yaml, manifest.json, metrics.jsonl, report.html, checkpoints/ and final/ (docs/recipe.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.errors import FinetuneError, TrainingError
+from finetune.recipe.load import dump_recipe
+from finetune.report import console
+from finetune.report.manifest import build_manifest, write_manifest
+from finetune.report.metrics import MetricsWriter
+from finetune.report.page import write_report
+from finetune.train.lock import locked
+from finetune.train.parallel import World, world_from_environment
+from finetune.train.prepare import Prepared, describe, prepare
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import Recipe
+
+
+class Interrupted(FinetuneError):
+    """A signal stopped the run after it had saved a checkpoint."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    nproc: int = 1,
+    nnodes: int = 1,
+    master: str | None = None,
+) -> None:
+    """Run a recipe, or (dry run) say what it would do.
+
+    Args:
+        recipe: What to do.
+        dry_run: Read and tokenize the data and print steps, tokens, dropped and truncated rows, trainable parameters
+            and an estimate of memory; nothing is written and no weights are loaded.
+        nproc: Processes on this machine.
+        nnodes: Machines.
+        master: HOST:PORT of the first machine, when there are several.
+
+    Raises:
+        UserError: the recipe, the data or the model folder is wrong.
+        TrainingError: the run cannot go on.
+    """
+    world = world_from_environment()
+    if dry_run:
+        describe(prepare(recipe, nproc * nnodes, rank=0))
+        return
+    if world.size == 1 and nproc * nnodes > 1:
+        from finetune.train.launch import launch
+
+        launch(recipe, nproc=nproc, nnodes=nnodes, master=master)
+        return
+    if not world.is_main:
+        console.mute()
+        _run(recipe, world)
+        return
+    output = Path(recipe.training.output_dir)
+    with locked(output):
+        _run(recipe, world)
+
+
+def _run(recipe: Recipe, world: World) -> None:
+    output = Path(recipe.training.output_dir)
+    started = datetime.now(timezone.utc)
+    prepared = prepare(recipe, world.size, rank=world.rank)
+    from finetune.train.resume import find_start
+
+    start = find_start(prepared, world)
+    if start.finished:
+        console.say(
+            f"{output} holds this run, finished: {prepared.plan.total_steps} of {prepared.plan.total_steps} steps. "
+            "To train again, change training.output_dir or pass training.resume_from_checkpoint=never."
+        )
+        return
+    if world.is_main:
+        _open_folder(output, recipe, fresh=start.checkpoint is None)
+        describe(prepared, resumed_at=start.step)
+    _guard(prepared, world, start, started)
+
+
+def _guard(prepared: Prepared, world: World, start, started: datetime) -> None:
+    """Run, and turn the machine's faults into messages that say what to lower or make room for."""
+    from finetune.train.session import Session
+
+    output = Path(prepared.recipe.training.output_dir)
+    try:
+        session = Session(prepared, world, start)
+        manifest = _Manifest(prepared, session, started)
+        if world.is_main:
+            manifest.write("running")
+        with MetricsWriter(output / "metrics.jsonl", start.step) if world.is_main else _NoMetrics() as metrics:
+            reason = session.train(metrics.write)
+        if reason != "interrupted":
+            session.write_final(output / "final")
+        if world.is_main:
+            manifest.write("stopped" if reason == "interrupted" else "finished")
+            write_report(output)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise TrainingError(
+            f"nothing more can be written ({os.strerror(error.errno)})",
+            where=str(error.filename or output),
+            fix="Earlier checkpoints are intact: make room, then run the same command again.",
+        ) from error
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "ResourceExhausted" in str(error) or "Out of memory" in str(error)):
+            raise
+        raise TrainingError(
+            "memory ran out",
+            where=f"step {session.state.step + 1}" if "session" in locals() else "loading the model",
+            fix="Lower training.per_device_train_batch_size (and raise training.gradient_accumulation_steps), lower "
+            "data.max_length, or set training.recompute: true; then run the same command again.",
+        ) from error
+    if reason == "interrupted":
+        raise Interrupted(
+            f"stopped at step {session.state.step} of {prepared.plan.total_steps}; a checkpoint is saved",
+            fix="Run the same command again to go on.",
+        )
+    if world.is_main:
+        ending = "" if reason == "done" else " (stopped early: eval_loss no longer fell)"
+        console.say(f"Finished{ending}. Model: {output / 'final'}  Report: {output / 'report.html'}")
+
+
+def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:
+    """Make the run's folder; a run that starts anew leaves nothing of an earlier one behind."""
+    output.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        for name in ("checkpoints", "final"):
+            shutil.rmtree(output / name, ignore_errors=True)
+        for name in ("metrics.jsonl", "report.html", "manifest.json", "samples.json"):
+            (output / name).unlink(missing_ok=True)
+    (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+class _NoMetrics:
+    """Ranks other than the first log nothing."""
+
+    def __enter__(self) -> "_NoMetrics":
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def write(self, row: dict) -> None:
+        pass
+
+
+class _Manifest:
+    """manifest.json, written at the start and again at the end."""
+
+    def __init__(self, prepared: Prepared, session, started: datetime):
+        self.prepared, self.session, self.started = prepared, session, started
+
+    def write(self, status: str) -> None:
+        prepared, session = self.prepared, self.session
+        data = {"train": prepared.train_report.to_dict()}
+        if prepared.eval is not None:
+            data["eval"] = prepared.eval_report.to_dict()
+        manifest = build_manifest(
+            method=prepared.recipe.method,
+            base_model={
+                "path": prepared.recipe.model.path,
+                "parameters": prepared.estimate.parameters,
+                "trainable_parameters": session.trainable,
+                "dtype": session.dtype,
+            },
+            data=data,
+            seed=prepared.recipe.training.seed,
+            device=session.device,
+            command=["finetune", *sys.argv[1:]],
+            started=self.started,
+            finished=None if status == "running" else datetime.now(timezone.utc),
+            status=status,
+            steps={"done": session.state.step, "planned": prepared.plan.total_steps},
+            tokens={"seen": session.state.num_tokens},
+            extra={"world_size": session.world.size, "best": _best(session.state)},
+        )
+        write_manifest(Path(prepared.recipe.training.output_dir) / "manifest.json", manifest)
+
+
+def _best(state) -> dict | None:
+    if state.best_step is None:
+        return None
+    return {"step": state.best_step, "eval_loss": state.best_loss}

@@ -1,0 +1,51 @@
+"""Supervised fine-tuning: the loss of one micro-batch."""
+
+from __future__ import annotations
+
+from finetune.train.forward import token_logps
+from finetune.train.layout import Layout, lay_out_samples
+
+
+class SftTask:
+    """Cross-entropy over supervised tokens.
+
+    The unit of the data order is a pack: the samples of one row. Without packing every pack holds one sample.
+    """
+
+    metric_names = ("loss",)
+
+    def __init__(self, model, dataset, packs: list[list[int]], pad_token_id: int):
+        self.model = model
+        self.dataset = dataset
+        self.packs = packs
+        self.pad_token_id = pad_token_id
+
+    def layout(self, units: list[int]) -> Layout:
+        """The micro-batch of the given packs."""
+        rows = []
+        for unit in units:
+            examples = [self.dataset[i] for i in self.packs[unit]]
+            rows.append([(example.input_ids, example.labels) for example in examples])
+        return lay_out_samples(rows, self.pad_token_id)
+
+    def sources(self, units: list[int]) -> list[str]:
+        """Where the rows of the given packs come from, `file:row`."""
+        return [self.dataset[i].source for unit in units for i in self.packs[unit]]
+
+    def weight(self, layout: Layout) -> int:
+        """What the loss is a mean over: supervised tokens."""
+        return layout.num_targets
+
+    def loss(self, layout: Layout, denominator: float):
+        """Negative log-likelihood.
+
+        Args:
+            layout: One micro-batch.
+            denominator: Supervised tokens of the whole optimizer step, all micro-batches and ranks together, so that
+                the gradients of the micro-batches add up to the gradient of the mean over the step's tokens.
+
+        Returns:
+            (float32 scalar to call backward on, {"loss": sum over this micro-batch}).
+        """
+        total = -token_logps(self.model, layout).sum()
+        return total / denominator, {"loss": float(total)}

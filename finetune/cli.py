@@ -1,17 +1,18 @@
 """The `finetune` command: arguments in, one function of the package called, errors to one plain message.
 
-Only the standard library and typer are loaded here; what a command needs is imported in its body, so that help, `recipes`
-and every recipe error come at once. `main` is the only place that turns errors into exit codes.
+Only the standard library and typer are loaded here; what a command needs is imported in its body, so that help,
+`recipes` and every recipe error come at once. `main` is the only place that turns errors into exit codes.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import traceback
-from enum import Enum
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -21,7 +22,7 @@ from finetune.errors import ArgumentError, FinetuneError, UserError
 app = typer.Typer(
     name="finetune",
     help="Fine-tune Qwen2-family models on PaddlePaddle: SFT and DPO, full or LoRA.\n\n"
-    "MODEL is a hub id, a model folder (Hugging Face or PaddleNLP), an adapter folder, a checkpoint, or a run's folder.",
+    "MODEL is a hub id, a model folder (Hugging Face or PaddleNLP), an adapter folder, a checkpoint or a run's folder.",
     epilog="Example: finetune train qwen2-0.5b-instruct_sft_lora --dry-run",
     add_completion=False,
     rich_markup_mode=None,
@@ -30,7 +31,50 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show or copy the recipes that come with the package.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 
+FORMATS = ("hf", "paddle", "peft", "gguf")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 _UsageError: type[Exception] = typer.BadParameter.__base__  # its module's name depends on typer's version
+
+
+def _whole(low: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` whose message, unlike typer's, names what was found."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low:
+            raise ValueError(f"{text} is not a whole number of at least {low}")
+        return number
+
+    return read
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
+def _choice(*choices: str) -> Callable[[str], str]:
+    """A reader of one of several words, with the nearest one in its message."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            near = difflib.get_close_matches(text.lower(), choices, n=1)
+            hint = f". Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}{hint}")
+        return text
+
+    return read
+
+
+def _positive(*names: str, metavar: str, help: str) -> Any:
+    return typer.Option(*names, parser=_whole(1), metavar=metavar, help=help)
+
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, checkpoint or run.")]
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or a shipped recipe's name.")]
@@ -39,33 +83,18 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set, e.g. training.max_steps=10", show_default=False),
 ]
 System = Annotated[Optional[str], typer.Option(metavar="TEXT", help="System prompt; the model's own when not given.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to add to a prompt.")]
-Temperature = Annotated[Optional[float], typer.Option(metavar="T", help="Above 0 draws tokens, 0 is greedy.")]
+MaxNewTokens = Annotated[int, _positive(metavar="N", help="Most tokens to add to a prompt.")]
+Temperature = Annotated[
+    Optional[float], typer.Option(parser=_number, metavar="T", help="Above 0 draws tokens, 0 is greedy.")
+]
 TopP = Annotated[
-    Optional[float], typer.Option(metavar="P", help="Draw from the likeliest tokens up to this probability, in (0, 1].")
+    Optional[float],
+    typer.Option(parser=_number, metavar="P", help="Draw from the likeliest tokens that sum to P, in (0, 1]."),
 ]
 TopK = Annotated[
-    Optional[int], typer.Option(min=0, metavar="K", help="Draw from this many of the likeliest tokens; 0 from all.")
+    Optional[int], typer.Option(parser=_whole(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
 ]
-Seed = Annotated[Optional[int], typer.Option(min=0, metavar="S", help="Makes the draws repeatable.")]
-
-
-class ExportFormat(str, Enum):
-    """What `export` writes."""
-
-    hf = "hf"
-    paddle = "paddle"
-    peft = "peft"
-    gguf = "gguf"
-
-
-class ExportDtype(str, Enum):
-    """Number format of exported weights."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+Seed = Annotated[Optional[int], typer.Option(parser=_whole(0), metavar="S", help="Makes the draws repeatable.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -87,8 +116,8 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would happen: steps, tokens, memory.")
     ] = False,
-    nproc: Annotated[int, typer.Option(min=1, metavar="N", help="Processes on this machine, one per GPU.")] = 1,
-    nnodes: Annotated[int, typer.Option(min=1, metavar="N", help="Machines.")] = 1,
+    nproc: Annotated[int, _positive(metavar="N", help="Processes on this machine, one per GPU.")] = 1,
+    nnodes: Annotated[int, _positive(metavar="N", help="Machines.")] = 1,
     master: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="First machine, with --nnodes.")] = None,
 ) -> None:
     """Train by a recipe. The same command again goes on where a run was interrupted."""
@@ -106,7 +135,7 @@ def train(
 @app.command(epilog='Example: finetune generate outputs/my-run --prompt "What is a kernel?" --max-new-tokens 64')
 def generate(
     model: ModelArgument,
-    prompt: Annotated[Optional[str], typer.Option(metavar="TEXT", help="One prompt; read from a pipe when not given.")] = None,
+    prompt: Annotated[Optional[str], typer.Option(metavar="TEXT", help="One prompt; else read from a pipe.")] = None,
     input: Annotated[Optional[Path], typer.Option(metavar="FILE.jsonl", help="Prompts or conversations.")] = None,
     output: Annotated[Optional[Path], typer.Option(metavar="FILE.jsonl", help="Answers, in input order.")] = None,
     system: System = None,
@@ -115,7 +144,7 @@ def generate(
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="B", help="Prompts decoded together.")] = 8,
+    batch_size: Annotated[int, _positive(metavar="B", help="Prompts decoded together.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
 ) -> None:
     """Answer one prompt, or every row of a file."""
@@ -171,23 +200,27 @@ def chat(
 def export(
     model: ModelArgument,
     output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="Folder to write; must not hold files yet.")],
-    format: Annotated[ExportFormat, typer.Option(help="Layout to write; adapters are merged except into peft.")] = (
-        ExportFormat.hf
-    ),
-    dtype: Annotated[ExportDtype, typer.Option(help="Number format of the weights; auto keeps it.")] = ExportDtype.auto,
+    format: Annotated[
+        str, typer.Option(parser=_choice(*FORMATS), metavar="|".join(FORMATS), help="Layout to write.")
+    ] = "hf",
+    dtype: Annotated[
+        str, typer.Option(parser=_choice(*DTYPES), metavar="|".join(DTYPES), help="Weights' numbers; auto keeps them.")
+    ] = "auto",
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back and compare logits.")] = False,
 ) -> None:
-    """Write a model for other programs: Hugging Face, PaddleNLP, PEFT."""
+    """Write a model for other programs: Hugging Face, PaddleNLP, PEFT, GGUF."""
     from finetune.export.export import export as run
 
-    run(model, output_dir, format=format.value, dtype=dtype.value, verify=verify)
+    run(model, output_dir, format=format, dtype=dtype, verify=verify)
 
 
 @app.command(epilog="Example: finetune preview recipes/quickstart_sft_lora.yaml -n 2")
 def preview(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    n: Annotated[int, typer.Option("-n", min=1, metavar="N", help="Rows to show.")] = 5,
+    n: Annotated[
+        Optional[int], _positive("-n", metavar="N", help="Rows to show; 3 when not given, all with --json.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per row, on stdout.")] = False,
 ) -> None:
     """Show what the model will see, and which tokens are trained on."""
@@ -196,7 +229,7 @@ def preview(
     loaded = load_recipe(recipe, overrides or ())
     from finetune.chat.preview import preview as run
 
-    run(loaded, n, json)
+    run(loaded, 3 if n is None and not json else n, json)
 
 
 @app.command()
@@ -313,13 +346,14 @@ def _describe(error: Exception) -> str:
     if isinstance(error, _UsageError):
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "finetune"
-        return f"{' '.join(error.format_message().split())} See `{command} --help`."
+        text = " ".join(error.format_message().replace("Value error, ", "").split())
+        return f"{text}{'' if text.endswith(('.', '?')) else '.'} See `{command} --help`."
     if isinstance(error, FinetuneError):
         lines = str(error).splitlines()
         many = len(error.faults) > 1
         return "\n  ".join([f"{len(error.faults)} things are wrong", *lines]) if many else str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in ("paddle", "paddlenlp"):
-        return f"{error.name} is not installed. Run `pip install paddle-finetune[cpu]`; `finetune doctor` checks the rest."
+        return f"{error.name} is not installed. Run `pip install paddle-finetune[cpu]`, then `finetune doctor`."
     if isinstance(error, MemoryError):
         return "out of memory. Lower data.max_length or the batch size."
     if isinstance(error, OSError) and error.strerror:

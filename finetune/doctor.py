@@ -20,7 +20,7 @@ PADDLE_VERSION = "3.3.1"
 PADDLENLP_VERSION = "3.0.0b4"
 HUB = "https://huggingface.co"
 _PADDLE_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
-_INSTALL = f"Run `pip install paddle-finetune[cpu]`, or put paddlepaddle-gpu {PADDLE_VERSION} in from Paddle's own index."
+_INSTALL = f"Run `pip install paddle-finetune[cpu]`, or put in paddlepaddle-gpu {PADDLE_VERSION} from {_PADDLE_INDEX}"
 
 _PROBE = """
 import json
@@ -117,7 +117,7 @@ def check_packages(versions: dict[str, str]) -> Iterator[Check]:
         yield Check("versions", "fail", shown, fix)
     elif versions[paddles[0]] != PADDLE_VERSION or versions["paddlenlp"] != PADDLENLP_VERSION:
         right = f"{paddles[0]} {PADDLE_VERSION} with paddlenlp {PADDLENLP_VERSION}"
-        yield Check("versions", "fail", shown, f"This toolkit is made for {right}; other pairs fail to import or abort.")
+        yield Check("versions", "fail", shown, f"Install {right}; other pairs fail to import or abort.")
     else:
         yield Check("versions", "ok", shown)
     for name, limit in (("aistudio-sdk", (0, 3)), ("pyarrow", (26,))):
@@ -130,7 +130,8 @@ def check_packages(versions: dict[str, str]) -> Iterator[Check]:
             yield Check(name, "ok", found)
     missing = [name for name in ("pip", "setuptools", "datasets", "numpy", "tokenizers") if name not in versions]
     if missing:
-        yield Check("packages", "fail", f"{', '.join(missing)} not installed", f"Run `pip install {' '.join(missing)}`.")
+        names = " ".join(missing)
+        yield Check("packages", "fail", f"not installed: {names}", f"Run `pip install {names}`.")
 
 
 def version_tuple(text: str) -> tuple[int, ...]:
@@ -185,7 +186,7 @@ def check_paddle(probe: dict | str, gpus: list[str] | None, versions: dict[str, 
     if gpus is None or not gpus:
         found = "no nvidia-smi, so no NVIDIA driver" if gpus is None else "nvidia-smi finds no GPU"
         if "paddlepaddle-gpu" in versions:
-            yield Check("gpu", "fail", found, "Install the NVIDIA driver, or paddlepaddle in place of paddlepaddle-gpu.")
+            yield Check("gpu", "fail", found, "Install the NVIDIA driver, or paddlepaddle without -gpu.")
         else:
             yield Check("gpu", "ok", f"none ({found}); training runs on CPU in float32")
     elif devices == 0:

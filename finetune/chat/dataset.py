@@ -257,7 +257,7 @@ class _Named:
         self._rows.setdefault(heading, []).append(source)
 
     def notes(self) -> list[str]:
-        return [_counted(len(rows)) + " " + heading.format(rows=_some(rows)) for heading, rows in self._rows.items()]
+        return [f"{_counted(len(rows))} {heading.format(rows=_some(rows))}" for heading, rows in self._rows.items()]
 
 
 def _counted(count: int) -> str:
@@ -298,7 +298,10 @@ def build_dataset(
     """
     builder = _Builder(tokenizer, data, method, progress, limit)
     for source in sources:
-        builder.read(source, base)
+        try:
+            builder.read(source, base)
+        except DataError as error:  # a file that is missing or cannot be read; the other sources are still checked
+            builder.fail(error.faults)
     return builder.finish()
 
 
@@ -340,13 +343,13 @@ class _Builder:
                 break
             count += 1
             if isinstance(row, Fault):
-                self._fail([row])
+                self.fail([row])
                 continue
             try:
                 form = self._form(row, form, source, name)
                 batch.append(self._checked(parse_row(row, form, name)))
             except DataError as error:
-                self._fail(error.faults)
+                self.fail(error.faults)
             if len(batch) == self.batch_size:
                 self._encode(batch)
                 batch = []
@@ -361,7 +364,7 @@ class _Builder:
         found = detect_format(row, name)
         if form not in ("auto", found):
             raise DataError(
-                f"a {found} row, but the rows before it are {form}",
+                f"a row of form {found}, but the rows before it are {form}",
                 where=name,
                 fix="Give files of different forms as separate sources.",
             )
@@ -378,7 +381,8 @@ class _Builder:
             )
         return parsed
 
-    def _fail(self, faults: list[Fault]) -> None:
+    def fail(self, faults: list[Fault]) -> None:
+        """Note what is wrong with one row or file."""
         self.fault_count += 1
         self.faults += faults[: MAX_FAULTS - len(self.faults)]
 
@@ -389,7 +393,7 @@ class _Builder:
             try:
                 rendered.append(render(item))
             except DataError as error:
-                self._fail(error.faults)
+                self.fail(error.faults)
         # Past the first fault nothing will be trained; the rest is only checked.
         if not self.fault_count and rendered:
             if self.method == "dpo":
@@ -409,7 +413,7 @@ class _Builder:
     def _render_pair(self, preference: Preference):
         self._note_tools(preference.prompt)
         if [_said(m) for m in preference.chosen] == [_said(m) for m in preference.rejected]:
-            self.named.add("where chosen equals rejected teach nothing: {rows}.", preference.source)
+            self.named.add("with chosen equal to rejected, which teaches nothing: {rows}.", preference.source)
         for side in ("chosen", "rejected"):
             if not any(_said(message).strip() for message in getattr(preference, side)):
                 self.named.add(f"with an empty {side} answer: {{rows}}.", preference.source)
@@ -429,7 +433,7 @@ class _Builder:
         length = len(example.input_ids)
         self.report.longest = max(self.report.longest, length)
         if not _predicted(example):
-            self._leave_out("without a supervised token are left out: {rows}.", example.source)
+            self._leave_out("left out for having no supervised token: {rows}.", example.source)
             return
         if length > self.data.max_length:
             if not self._may_cut(length, example.source):
@@ -438,7 +442,7 @@ class _Builder:
             example = replace(example, input_ids=example.input_ids[cut], labels=example.labels[cut])
             if not _predicted(example):
                 self._leave_out(
-                    "are left out, since nothing of their responses lies within max_length: {rows}.", example.source
+                    "left out because nothing of the responses lies within max_length: {rows}.", example.source
                 )
                 return
             self.report.truncated += 1
@@ -455,7 +459,7 @@ class _Builder:
         for side in ("chosen", "rejected"):
             if not _predicted(getattr(pair, side)):
                 cut = "within max_length" if _predicted(getattr(whole, side)) else "trained on"
-                self._leave_out(f"are left out, since nothing of the {side} answer is {cut}: {{rows}}.", pair.source)
+                self._leave_out(f"left out because nothing of the {side} answer is {cut}: {{rows}}.", pair.source)
                 return
         if pair is not whole:
             self.report.truncated += 1
@@ -469,7 +473,7 @@ class _Builder:
     def _may_cut(self, length: int, source: str) -> bool:
         """Apply the over-long policy; False: the row is not to be kept."""
         if self.data.overlong == "error":
-            self._fail(
+            self.fail(
                 [
                     Fault(
                         f"{length:,} tokens, but data.max_length is {self.data.max_length:,}",
@@ -492,7 +496,7 @@ class _Builder:
         if self.faults:
             error = DataError.of(self.faults)
             if self.fault_count > len(self.faults):
-                error.args = (f"{error.args[0]}\n{self.fault_count:,} rows are wrong; these are the first.",)
+                error.args = (f"{error.args[0]}\n{self.fault_count:,} faults in all; these are the first.",)
             raise error
         dataset = (PairDataset if self.method == "dpo" else Dataset).joined(self.parts)
         if self.limit is not None:

@@ -379,7 +379,7 @@ def _known_role(row: _Row, role: Any, known: tuple[str, ...], key: str) -> str:
 def _parse_json(row: _Row, key: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         shown = text if len(text) <= 60 else text[:57] + "..."
         row.fail(key, f"found {shown!r}, which is not JSON ({error})", "It must be the JSON text of an object.")
 

@@ -19,6 +19,8 @@ TRAINED = "bold black on green3"
 SEEN = "dim"
 # Where there is no colour, brackets that text hardly ever has.
 OPEN, CLOSE = "⟦", "⟧"
+# Control characters of the data must not reach the terminal; their pictures do (U+2400 and on).
+_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
 
 def preview(recipe: Any, n: int | None = 3, as_json: bool = False, base: Path | None = None) -> None:
@@ -43,6 +45,7 @@ def preview(recipe: Any, n: int | None = 3, as_json: bool = False, base: Path | 
     if as_json:
         for row in rows:
             sys.stdout.write(json.dumps(json_row(row), ensure_ascii=False) + "\n")
+        sys.stderr.writelines(f"{note}\n" for note in report.notes)
     else:
         _show(Console(highlight=False), tokenizer, list(rows), report)
 
@@ -68,7 +71,7 @@ def marked_text(tokenizer: Tokenizer, example: Example, *, colour: bool, start: 
     text = Text()
     tokens = zip(example.input_ids[start:].tolist(), (example.labels[start:] != IGNORE).tolist(), strict=True)
     for trained, run in groupby(tokens, key=lambda token: token[1]):
-        words = tokenizer.decode([token for token, _ in run])
+        words = tokenizer.decode([token for token, _ in run]).translate(_PICTURES)
         if colour:
             text.append(words, TRAINED if trained else SEEN)
         else:
@@ -96,7 +99,7 @@ def _show_pair(console: Console, tokenizer: Tokenizer, pair: PairExample, colour
     prompt = Example(pair.prompt_ids, pair.chosen.labels[:shared], pair.source)
     _print(console, marked_text(tokenizer, prompt, colour=colour))
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        _heading(console, f"{pair.source} · {name}, {_counts(side)} with the prompt")
+        _heading(console, f"{pair.source} · {name}, with the prompt {_counts(side)}")
         _print(console, marked_text(tokenizer, side, colour=colour, start=shared))
 
 

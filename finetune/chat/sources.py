@@ -187,7 +187,7 @@ def _read_jsonl(file: DataFile) -> Iterator[Row]:
                 line = _without_mark(line, file)
             if line.strip():
                 name = f"{file.name}:{number}"
-                yield _object(line, name), name
+                yield _object(line.rstrip(b"\r\n"), name), name
 
 
 def _read_json(file: DataFile) -> Iterator[Row]:
@@ -244,6 +244,8 @@ def _parse(content: bytes, name: str) -> Any:
         return Fault(f"not valid JSON at {at}: {error.msg}", name, "Correct it there.")
     except RecursionError:
         return Fault("JSON nested too deeply", name, "A row has a few levels at most.")
+    except ValueError as error:  # a number of more than 4,300 digits
+        return Fault(f"not valid JSON: {error}", name, "Correct it there.")
 
 
 def _read_csv(file: DataFile) -> Iterator[Row]:
@@ -256,7 +258,7 @@ def _read_csv(file: DataFile) -> Iterator[Row]:
             name = f"{file.name}:{number}"
             yield _csv_row(row, reader.fieldnames, name), name
     except csv.Error as error:
-        raise DataError(f"not valid csv: {error}", where=f"{file.name}, line {reader.line_num}") from error
+        raise DataError(f"not valid csv: {error}", where=f"{file.name}, line {reader.reader.line_num}") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -339,8 +341,9 @@ def _read_hub(file: DataFile) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(file.name, split=file.split)
     except Exception as error:  # `datasets` passes on whatever its readers and the network raise
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise DataError(
-            f"split {file.split!r} cannot be loaded from the hub: {str(error).splitlines()[0] if str(error) else error!r}",
+            f"split {file.split!r} cannot be loaded from the hub: {reason}",
             where=file.name,
             fix="Check the id, the split and the network; or give the path of a file.",
         ) from error

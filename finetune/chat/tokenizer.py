@@ -7,7 +7,7 @@ Built on Hugging Face `tokenizers` directly. PaddleNLP's own loader takes a slow
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ADDED_KEYS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -434,7 +435,8 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, A
     have = {token.content for token in backend.get_added_tokens_decoder().values()}
     for token_id, token in sorted(wanted.items()):
         if token.content not in have:
-            backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+            add = backend.add_special_tokens if token.special else backend.add_tokens
+            add([token])
         if backend.token_to_id(token.content) != token_id:
             raise CheckpointError(
                 f"token {token.content!r} should have id {token_id}, "
@@ -442,9 +444,6 @@ def _add_tokens(backend: tokenizers.Tokenizer, folder: Path, config: dict[str, A
                 where=str(folder),
                 fix="The tokenizer files do not belong together; copy all of them from one model.",
             )
-
-
-_ADDED_KEYS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def _read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -458,13 +457,9 @@ def _read_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
             templates.update(found)
     if (folder / "chat_template.jinja").is_file():
         templates["default"] = _read_text(folder / "chat_template.jinja")
-    for extra in _named_template_files(folder):
+    for extra in sorted((folder / "additional_chat_templates").glob("*.jinja")):
         templates[extra.stem] = _read_text(extra)
     return templates
-
-
-def _named_template_files(folder: Path) -> Iterator[Path]:
-    yield from sorted((folder / "additional_chat_templates").glob("*.jinja"))
 
 
 def _token_text(token: Any) -> str | None:

@@ -145,10 +145,11 @@ def _sampling(config: dict, max_new_tokens: int, temperature, top_p, top_k, seed
     """The model's settings under the user's. Asking for a way to draw asks for drawing."""
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     asked = {name: value for name, value in asked.items() if value is not None}
-    drawing = bool(config.get("do_sample") or asked) and temperature != 0
-    return Sampling.from_generation_config(
-        {"top_k": 0, **config, **asked, "do_sample": drawing}, max_new_tokens=max_new_tokens, seed=seed
-    )
+    if not config.get("do_sample"):
+        config = {"repetition_penalty": config.get("repetition_penalty"), "do_sample": bool(asked), "top_k": 0}
+    if temperature == 0:
+        config = {**config, "do_sample": False}
+    return Sampling.from_generation_config({**config, **asked}, max_new_tokens=max_new_tokens, seed=seed)
 
 
 def _lines() -> Iterator[str]:

@@ -58,14 +58,8 @@ class PromptReader:
         """
         if not isinstance(row, dict):
             raise DataError("the line is not an object", where=source, fix='Write {"prompt": "..."}.')
-        try:
-            shown, ids = self._raw(row, source) if self.raw else self._rendered(row, source)
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text holds half of a character pair (\\u{ord(error.object[error.start]):04x} alone)",
-                where=source,
-                fix="Write the character itself, or both halves of its \\u escape.",
-            ) from error
+        _check_characters(row, source)
+        shown, ids = self._raw(row, source) if self.raw else self._rendered(row, source)
         if not ids:
             raise DataError("the prompt is empty", where=source, fix="Give it a text.")
         if len(ids) >= self.context:
@@ -155,6 +149,18 @@ def _prompt_as_messages(row: dict[str, Any], source: str) -> dict[str, Any]:
     if isinstance(row.get("system"), str) and row["system"]:
         prompt = [{"role": "system", "content": row["system"]}, *prompt]
     return {"messages": prompt, "tools": row.get("tools")}
+
+
+def _check_characters(row: dict[str, Any], source: str) -> None:
+    """JSON can write half of a character pair, which is no text and can neither be tokenized nor written back."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the text holds half of a character pair (\\u{ord(error.object[error.start]):04x} alone)",
+            where=source,
+            fix="Write the character itself, or both halves of its \\u escape.",
+        ) from error
 
 
 def _plain(conversation: Conversation) -> list[dict[str, Any]]:

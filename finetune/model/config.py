@@ -109,7 +109,8 @@ def _unsupported(raw: dict, config: dict, where: Path) -> list[Fault]:
         refuse("sliding window attention", "use_sliding_window must be false.")
     if raw.get("hidden_act", "silu") != "silu":
         refuse(f"hidden_act {str(raw['hidden_act'])[:50]!r}", "Qwen2 uses silu.")
-    if raw.get("quantization_config"):
+    quantized = raw.get("quantization_config")  # PaddleNLP gives every model one, with no algorithm in it
+    if quantized and not (isinstance(quantized, dict) and quantized.get("weight_quantize_algo", "") is None):
         refuse("a quantized model", "Use the original one.")
     if raw.get("attention_bias") is False or raw.get("mlp_bias"):
         refuse("another choice of biases than Qwen2's")

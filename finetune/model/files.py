@@ -83,6 +83,19 @@ def nearest(name: str, candidates) -> str:
     return f"Did you mean {found[0]!r}?" if found else ""
 
 
+def check_new(folder: Path) -> None:
+    """A folder to be written must not exist, or be empty.
+
+    Raises:
+        CheckpointError: there is something.
+    """
+    try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError("exists and is not empty", where=str(folder), fix="Choose another folder.")
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder)) from error
+
+
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Give a hidden folder to write in; on success sync it and rename it to `folder`, on failure remove it.
@@ -92,9 +105,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
+    check_new(folder)
     try:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise CheckpointError("exists and is not empty", where=str(folder), fix="Choose another folder.")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:

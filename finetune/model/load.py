@@ -26,18 +26,14 @@ from paddlenlp.transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E4
 from paddlenlp.transformers.model_utils import no_init_weights  # noqa: E402
 from paddlenlp.transformers.qwen2.modeling import Qwen2RotaryEmbedding  # noqa: E402
 
-from finetune.errors import CheckpointError, Fault  # noqa: E402
 from finetune.model import convert  # noqa: E402
 from finetune.model.adapters import LoraSettings  # noqa: E402
-from finetune.model.config import DTYPES, read_config  # noqa: E402
-from finetune.model.files import nearest  # noqa: E402
+from finetune.model.config import read_config  # noqa: E402
 from finetune.model.resolve import ModelSource, resolve_model  # noqa: E402
 from finetune.model.runtime import resolve_dtype  # noqa: E402
-from finetune.model.tensorfile import TensorFolder  # noqa: E402
+from finetune.model.weights import Weight, base_weights, numpy_dtype  # noqa: E402
 
 _FIRST_ROTARY_LENGTH = 2048
-_COMPARE_ROWS = 4096
-_MOST_FAULTS = 8  # named before "and N more"
 
 
 @dataclass
@@ -80,9 +76,9 @@ def load_model(source: ModelSource | str | Path, *, dtype: str = "auto", trainin
     dtype = resolve_dtype(dtype)
     base = source.base or source
     with paddle.utils.unique_name.guard():
-        tensors = open_tensors(base)
+        weights = base_weights(base)
         model = build_model(base.config, dtype)
-        fill(model, base, tensors)
+        fill(model, weights)
         if source.kind == "adapter":
             model = attach_adapter(model, source)
     model.train() if training else model.eval()
@@ -143,101 +139,32 @@ def empty_parameters() -> Iterator[None]:
         set_global_initializer(None)
 
 
-def open_tensors(source: ModelSource) -> TensorFolder:
-    """The weights of a whole model, compared with its config by name, shape and dtype.
-
-    Raises:
-        CheckpointError: tensors missing, unexpected, of another shape, or not floating point; the first few are named.
-    """
-    tensors = TensorFolder(source.folder, source.stem)
-    config, where = source.config, str(source.folder)
-    layers = _layers_in(tensors, source.layout)
-    if layers != config["num_hidden_layers"]:
-        what = f"config.json says {config['num_hidden_layers']} layers, the weights have {layers}"
-        raise CheckpointError(what, where=where, fix="Files of two models are mixed, or some are missing.")
-    expected = expected_shapes(config, source.layout)
-    found = {name: entry.shape for name, entry in tensors.entries.items() if not convert.is_ignorable(name)}
-    spare_head = config["tie_word_embeddings"] and convert.HEAD in found
-    if spare_head:
-        expected[convert.HEAD] = (config["vocab_size"], config["hidden_size"])
-    faults = audit(expected, found, where)
-    for name, entry in tensors.entries.items():
-        if not convert.is_ignorable(name) and str(entry.dtype) not in (*DTYPES, "float64"):
-            faults.append(Fault(f"tensor {name!r} is {entry.dtype}", where, "Weights are floating point numbers."))
-    if faults:
-        raise CheckpointError.of(faults)
-    if spare_head:
-        _check_spare_head(tensors, source)
-    return tensors
-
-
-def expected_shapes(config: dict, layout: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes a model folder in this layout must have."""
-    shapes = convert.hf_shapes(config)
-    if layout == "hf":
-        return shapes
-    return {
-        convert.to_paddle(name): shape[::-1] if convert.is_transposed(name) else shape for name, shape in shapes.items()
-    }
-
-
-def audit(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> list[Fault]:
-    """Differences between two sets of names and shapes, at most a few of them spelled out."""
-    faults = [Fault(f"tensor {name!r} is missing", where) for name in expected if name not in found]
-    for name, shape in found.items():
-        if name not in expected:
-            faults.append(Fault(f"tensor {name[:200]!r} is unexpected", where, nearest(name, expected) or None))
-        elif shape != expected[name]:
-            want = list(expected[name])
-            faults.append(Fault(f"tensor {name!r} has shape {list(shape)}, config.json asks for {want}", where))
-        if len(faults) > 10 * _MOST_FAULTS:
-            break
-    if len(faults) > _MOST_FAULTS:
-        rest = len(faults) - _MOST_FAULTS
-        faults = [*faults[:_MOST_FAULTS], Fault(f"and {rest} or more faults of this kind", where)]
-    return faults
-
-
-def _layers_in(tensors: TensorFolder, layout: str) -> int:
-    prefix = "qwen2.layers." if layout == "paddle" else "model.layers."
-    return len({name[len(prefix) :].split(".")[0] for name in tensors.entries if name.startswith(prefix)})
-
-
-def _check_spare_head(tensors: TensorFolder, source: ModelSource) -> None:
-    """A tied folder may repeat the embeddings as head; a different head means that it is not tied."""
-    embedding = convert.to_paddle(convert.EMBEDDING) if source.layout == "paddle" else convert.EMBEDDING
-    for start in range(0, source.config["vocab_size"], _COMPARE_ROWS):
-        rows = slice(start, start + _COMPARE_ROWS)
-        if not np.array_equal(tensors.read(embedding, rows), tensors.read(convert.HEAD, rows)):
-            raise CheckpointError(
-                "lm_head.weight differs from the embeddings although config.json ties them",
-                where=str(source.folder),
-                fix="Set tie_word_embeddings to false if the head is meant to be its own.",
-            )
-
-
-def fill(model: paddle.nn.Layer, source: ModelSource, tensors: TensorFolder) -> None:
-    """Stream the checked tensors into the model, one in memory at a time, converted to its dtype."""
+def fill(model: paddle.nn.Layer, weights: dict[str, Weight]) -> None:
+    """Stream weights in Hugging Face's layout into the model, one in memory at a time, converted to its dtype."""
     parameters = dict(model.named_parameters())
-    for name in convert.hf_shapes(source.config):
-        if source.layout == "hf":
-            array = convert.turned(tensors.read(name), name)
-        else:
-            array = tensors.read(convert.to_paddle(name))
-        set_parameter(parameters[convert.to_paddle(name)], array)
+    for name, weight in weights.items():
+        set_parameter(parameters[convert.to_paddle(name)], convert.turned(weight.read(), name))
+
+
+def model_weights(model: paddle.nn.Layer) -> dict[str, Weight]:
+    """The weights of a model without adapter, as `weights.stored_weights` gives those of a folder."""
+    parameters = dict(model.named_parameters())
+
+    def weight(name: str, shape: tuple[int, ...]) -> Weight:
+        parameter = parameters[convert.to_paddle(name)]
+        return Weight(numpy_dtype(name_of(parameter.dtype)), shape, lambda: convert.turned(as_numpy(parameter), name))
+
+    return {name: weight(name, shape) for name, shape in convert.hf_shapes(facts_of(model)).items()}
+
+
+def name_of(dtype: paddle.dtype) -> str:
+    """`paddle.float32` -> `float32`."""
+    return str(dtype).removeprefix("paddle.")
 
 
 def set_parameter(parameter: paddle.Tensor, array: np.ndarray) -> None:
     """Give a parameter a value of any floating dtype; float32 to bfloat16 rounds to the nearest even."""
-    dtype = str(parameter.dtype).removeprefix("paddle.")
-    parameter.set_value(as_paddle(array.astype(numpy_dtype(dtype), copy=False)))
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a dtype's name; bfloat16 is ml_dtypes'."""
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
+    parameter.set_value(as_paddle(array.astype(numpy_dtype(name_of(parameter.dtype)), copy=False)))
 
 
 def as_paddle(array: np.ndarray) -> np.ndarray:

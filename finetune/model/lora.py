@@ -11,7 +11,7 @@ import contextlib
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,14 @@ import paddle  # noqa: E402
 from paddlenlp.peft import LoRAConfig, LoRAModel  # noqa: E402
 from paddlenlp.peft.lora.lora_layers import LoRALinear  # noqa: E402
 
-from finetune.errors import ArgumentError, CheckpointError, Fault  # noqa: E402
+from finetune.errors import ArgumentError, CheckpointError  # noqa: E402
 from finetune.model import convert  # noqa: E402
 from finetune.model.adapters import LoraSettings, peft_config, target_names  # noqa: E402
 from finetune.model.files import new_folder, write_json  # noqa: E402
-from finetune.model.load import as_numpy, audit, empty_parameters, facts_of, set_parameter  # noqa: E402
+from finetune.model.load import as_numpy, empty_parameters, facts_of, name_of, set_parameter  # noqa: E402
 from finetune.model.resolve import ModelSource, resolve_model  # noqa: E402
-from finetune.model.tensorfile import Promise, TensorFolder, write_tensors  # noqa: E402
+from finetune.model.tensorfile import Promise, write_tensors  # noqa: E402
+from finetune.model.weights import audit, merge, open_adapter, short_names  # noqa: E402
 
 __all__ = [
     "LoraSettings",
@@ -106,7 +107,7 @@ def _wrap(model: paddle.nn.Layer, settings: LoraSettings, names: list[str]) -> L
         target_modules=["|".join(paddle_names)],
         rslora=settings.variant == "rslora",
         lora_plus_scale=settings.lora_plus_ratio,
-        dtype=str(model.qwen2.embed_tokens.weight.dtype).removeprefix("paddle."),
+        dtype=name_of(model.qwen2.embed_tokens.weight.dtype),
     )
     state = paddle.get_rng_state()
     with empty_parameters(), paddle.utils.unique_name.guard():
@@ -134,12 +135,8 @@ def _start_pissa(layer: LoRALinear, name: str, state: dict[str, np.ndarray] | No
         set_parameter(layer.lora_A, state[f"{name}.lora_A0"])
         set_parameter(layer.lora_B, state[f"{name}.lora_B0"])
     layer.start = _Start(layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
-    set_parameter(layer.weight, weight - _delta(layer.start.A, layer.start.B, layer.scaling))
-
-
-def _delta(A: paddle.Tensor, B: paddle.Tensor, scaling: float) -> np.ndarray:
-    """scaling * A B, computed in float32 whatever the dtype of the factors."""
-    return scaling * (as_numpy(A).astype(np.float32) @ as_numpy(B).astype(np.float32))
+    A, B = as_numpy(layer.start.A).T, as_numpy(layer.start.B).T
+    set_parameter(layer.weight, merge(weight.T, A, B, -layer.scaling).T)
 
 
 def _check_state(state: dict[str, np.ndarray], layers: dict[str, LoRALinear], settings: LoraSettings) -> None:
@@ -199,8 +196,8 @@ def merge_lora(model: LoRAModel) -> paddle.nn.Layer:
     for name, layer in parents.items():
         if not isinstance(layer, LoRALinear):
             continue
-        merged = as_numpy(layer.weight).astype(np.float32) + _delta(layer.lora_A, layer.lora_B, layer.scaling)
-        set_parameter(layer.weight, merged)
+        weight, A, B = (as_numpy(tensor).T for tensor in (layer.weight, layer.lora_A, layer.lora_B))
+        set_parameter(layer.weight, merge(weight, A, B, layer.scaling).T)
         inputs, outputs = layer.weight.shape
         with empty_parameters(), paddle.utils.unique_name.guard():
             linear = paddle.nn.Linear(inputs, outputs, bias_attr=False if layer.bias is None else None)
@@ -243,19 +240,12 @@ def save_peft(model: LoRAModel, folder: str | Path, *, base: str, tokenizer: Pat
     from finetune.model.write import write_companions
 
     names = list(lora_layers(model))
-    targets = _short_names(names, list(convert.modules(facts_of(model))))
+    targets = short_names(names, convert.modules(facts_of(model)))
     tensors = {name: Promise.of(array) for name, array in adapter_state(model).items()}
     with new_folder(Path(folder)) as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(partial / "adapter_config.json", peft_config(model.settings.saved(), base, targets))
         write_companions(partial, facts_of(model), tokenizer)
-
-
-def _short_names(names: list[str], every: list[str]) -> list[str]:
-    """The modules' last names where those mean the same modules, else their full names."""
-    short = sorted({name.rpartition(".")[2] for name in names})
-    meant = [name for name in every if name.rpartition(".")[2] in short]
-    return short if set(meant) == set(names) else sorted(names)
 
 
 def load_peft(model: paddle.nn.Layer, folder: str | Path) -> LoRAModel:
@@ -269,46 +259,5 @@ def attach_adapter(model: paddle.nn.Layer, source: ModelSource) -> LoRAModel:
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape than settings and model say.
     """
-    tensors = TensorFolder(source.folder, source.stem)
-    where, modules, settings = str(source.folder), convert.modules(facts_of(model)), source.lora
-    found, faults = {}, []
-    for name in tensors.entries:
-        parsed = convert.parse_adapter_name(name, source.layout)
-        if parsed is None or parsed[0] not in modules:
-            faults.append(Fault(f"tensor {name[:200]!r} is of no projection of this model", where))
-        elif parsed in found:
-            faults.append(Fault(f"tensor {name[:200]!r} is there under two names", where))
-        else:
-            found[parsed] = name
-    if faults:
-        raise CheckpointError.of(faults[:8])
-    present = [name for name in modules if (name, "lora_A") in found or (name, "lora_B") in found]
-    names = _adapted(settings, modules, present, where)
-    expected, shapes = {}, {}
-    for name in names:
-        inputs, outputs = modules[name]
-        expected |= {f"{name}.lora_A": (settings.rank, inputs), f"{name}.lora_B": (outputs, settings.rank)}
-    for (name, part), tensor in found.items():
-        shape = tensors.entries[tensor].shape
-        shapes[f"{name}.{part}"] = shape if source.layout == "peft" else shape[::-1]
-    faults = audit(expected, shapes, where)
-    if faults:
-        raise CheckpointError.of(faults)
-    state = {}
-    for (name, part), tensor in found.items():
-        array = tensors.read(tensor)
-        state[f"{name}.{part}"] = array.T if source.layout == "peft" else array
-    return add_lora(model, replace(settings, target_modules=tuple(_short_names(names, list(modules)))), state=state)
-
-
-def _adapted(settings: LoraSettings, modules: dict, present: list[str], where: str) -> list[str]:
-    """The modules an adapter must have: those its config names; where it has a pattern, those its tensors name."""
-    if not present:
-        raise CheckpointError("the adapter has no tensors", where=where)
-    if not settings.target_modules:
-        return present
-    try:
-        return target_names(settings, modules)
-    except ArgumentError as error:
-        faults = [Fault(fault.what, where, fault.fix) for fault in error.faults]
-        raise CheckpointError.of(faults) from error
+    adapter, settings = open_adapter(source)
+    return add_lora(model, settings, state={name: weight.read().T for name, weight in adapter.items()})

@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.errors import CheckpointError
 from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
 from finetune.model.config import read_config
-from finetune.model.files import nearest, read_json, within
+from finetune.model.files import nearest, read_json
 from finetune.model.tensorfile import TensorFolder
 
 MODEL_STEMS = ("model", "model_state")
@@ -245,17 +245,3 @@ def _folders_inside(folder: Path) -> str | None:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder)) from error
     return None
-
-
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in a folder, to be copied as they are."""
-    known = (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "vocab.json",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    )
-    return [within(name, folder) for name in known if (folder / name).exists()]

@@ -1,83 +1,97 @@
-"""Models written for Hugging Face's and for PaddleNLP's readers, shard by shard, complete or not at all."""
+"""Models written for Hugging Face's and for PaddleNLP's readers, shard by shard, complete or not at all.
+
+`write_*` take weights from anywhere and need no paddle; `save_*` take a model in memory.
+"""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from finetune.model.runtime import paddle as _bring_up
+from finetune.chat.tokenizer import TOKENIZER_FILES
+from finetune.errors import ArgumentError
+from finetune.model import convert
+from finetune.model.config import hf_config, paddle_config
+from finetune.model.files import new_folder, read_json, within, write_json
+from finetune.model.tensorfile import Promise, write_shards
+from finetune.model.weights import Weight, numpy_dtype
 
-_bring_up()
-
-import paddle  # noqa: E402
-from paddlenlp.peft import LoRAModel  # noqa: E402
-
-from finetune.errors import ArgumentError  # noqa: E402
-from finetune.model import convert  # noqa: E402
-from finetune.model.config import hf_config, paddle_config  # noqa: E402
-from finetune.model.files import new_folder, read_json, write_json  # noqa: E402
-from finetune.model.load import as_numpy, facts_of, numpy_dtype  # noqa: E402
-from finetune.model.resolve import tokenizer_files  # noqa: E402
-from finetune.model.tensorfile import Promise, write_shards  # noqa: E402
+if TYPE_CHECKING:
+    from paddle.nn import Layer
 
 MAX_SHARD_BYTES = 5 * 10**9
 CHAT_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 
-def save_hf(
-    model: paddle.nn.Layer,
+def save_hf(model: Layer, folder: str | Path, *, dtype: str | None = None, tokenizer: Path | None = None,
+            max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a model without adapter (see `lora.merge_lora`) with `write_hf`; dtype is the model's own by default."""
+    facts, weights, dtype = _of(model, dtype)
+    write_hf(facts, weights, folder, dtype=dtype, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def save_paddle(model: Layer, folder: str | Path, *, dtype: str | None = None, tokenizer: Path | None = None,
+                max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write a model without adapter with `write_paddle`; dtype is the model's own by default."""
+    facts, weights, dtype = _of(model, dtype)
+    write_paddle(facts, weights, folder, dtype=dtype, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+
+
+def _of(model: Layer, dtype: str | None) -> tuple[dict, dict[str, Weight], str]:
+    from finetune.model.load import facts_of, model_weights, name_of
+
+    if hasattr(model, "lora_config"):
+        raise ArgumentError("the model has an adapter", fix="Merge it first (merge_lora), or save the adapter (save_peft).")
+    return facts_of(model), model_weights(model), dtype or name_of(model.qwen2.embed_tokens.weight.dtype)
+
+
+def write_hf(
+    facts: dict,
+    weights: dict[str, Weight],
     folder: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: str,
     tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that transformers 4 and 5, and everything that reads their layout, open.
 
     Args:
-        model: Qwen2ForCausalLM, without adapter (see `lora.merge_lora`).
+        facts: The model's, as `config.read_config` gives them.
+        weights: By Hugging Face name.
         folder: Must not exist, or be empty.
-        dtype: Of the stored weights; the model's own by default.
+        dtype: Of the stored weights.
         tokenizer: Folder whose tokenizer files and generation config go along, the files as they are.
         max_shard_bytes: Size above which the weights are split.
 
     Raises:
-        ArgumentError: the model has an adapter; a weight too large for float16.
+        ArgumentError: a weight too large for float16.
         CheckpointError: the folder is not empty or cannot be written.
     """
-    facts, dtype = _checked(model, dtype)
-    parameters = dict(model.named_parameters())
-    tensors = {
-        name: _promise(parameters[convert.to_paddle(name)], name, shape, dtype, turn=True)
-        for name, shape in convert.hf_shapes(facts).items()
-    }
+    tensors = {name: promise(weight, name, dtype, turn=False) for name, weight in weights.items()}
     with new_folder(Path(folder)) as partial:
         write_shards(partial, "model", tensors, max_shard_bytes, {"format": "pt"})
         write_json(partial / "config.json", hf_config(facts, dtype))
         write_companions(partial, facts, tokenizer)
 
 
-def save_paddle(
-    model: paddle.nn.Layer,
+def write_paddle(
+    facts: dict,
+    weights: dict[str, Weight],
     folder: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: str,
     tokenizer: Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a folder that PaddleNLP's own `AutoModelForCausalLM.from_pretrained` opens. Arguments as for `save_hf`.
+    """Write a folder that PaddleNLP's own `AutoModelForCausalLM.from_pretrained` opens. Arguments as for `write_hf`.
 
     A tied head is stored again, as PaddleNLP does: without it a load says that the head is newly initialized.
     """
-    facts, dtype = _checked(model, dtype)
-    parameters = dict(model.named_parameters())
-    tensors = {}
-    for name in convert.hf_shapes(facts):
-        paddle_name = convert.to_paddle(name)
-        parameter = parameters[paddle_name]
-        tensors[paddle_name] = _promise(parameter, name, tuple(parameter.shape), dtype, turn=False)
+    tensors = {convert.to_paddle(name): promise(weight, name, dtype, turn=True) for name, weight in weights.items()}
     if facts["tie_word_embeddings"]:
         tensors[convert.HEAD] = tensors[convert.to_paddle(convert.EMBEDDING)]
     with new_folder(Path(folder)) as partial:
@@ -86,16 +100,12 @@ def save_paddle(
         write_companions(partial, facts, tokenizer)
 
 
-def _checked(model: paddle.nn.Layer, dtype: str | None) -> tuple[dict, str]:
-    if isinstance(model, LoRAModel):
-        raise ArgumentError("the model has an adapter", fix="Merge it first (merge_lora), or save the adapter (save_peft).")
-    own = str(model.qwen2.embed_tokens.weight.dtype).removeprefix("paddle.")
-    return facts_of(model), dtype or own
+def promise(weight: Weight, name: str, dtype: str, *, turn: bool) -> Promise:
+    """A weight as it is to be stored; `turn`: in Paddle's layout."""
+    shape = weight.shape[::-1] if turn and convert.is_transposed(name) else weight.shape
 
-
-def _promise(parameter: paddle.Tensor, name: str, shape: tuple[int, ...], dtype: str, *, turn: bool) -> Promise:
     def make() -> np.ndarray:
-        array = cast(as_numpy(parameter), dtype, name)
+        array = cast(weight.read(), dtype, name)
         return convert.turned(array, name) if turn else array
 
     return Promise(numpy_dtype(dtype), shape, make)
@@ -121,8 +131,9 @@ def write_companions(folder: Path, facts: dict, tokenizer: Path | None) -> None:
         facts: The model's, for its end tokens.
         tokenizer: Folder with the tokenizer, and perhaps the generation config the model came with.
     """
-    for path in tokenizer_files(tokenizer) if tokenizer else []:
-        shutil.copyfile(path, folder / path.name)
+    for name in TOKENIZER_FILES if tokenizer else ():
+        if (tokenizer / name).exists():
+            shutil.copyfile(within(name, tokenizer), folder / name)
     write_json(folder / "generation_config.json", generation_config(facts, tokenizer))
 
 

@@ -37,7 +37,9 @@ def check_tree(tree: dict[str, Any]) -> tuple[Recipe | None, list[Finding]]:
         findings: list[Finding] = []
         broken: set[str] = set()
     except ValidationError as error:
-        locations = {_known_path(entry["loc"]): entry for entry in reversed(error.errors(include_url=False))}
+        entries = [(_known_path(entry["loc"]), entry) for entry in reversed(error.errors(include_url=False))]
+        # A key that is not in the tree was filled in from a faulty one, which has a fault of its own.
+        locations = {path: entry for path, entry in entries if entry["type"] == "missing" or _is_in(tree, path)}
         findings = [_explain(path, entry["type"], tree) for path, entry in reversed(locations.items())]
         broken = {dotted(path) for path in locations}
         recipe = _without(tree, [(path, entry["type"]) for path, entry in locations.items()])
@@ -205,6 +207,14 @@ def _explain_unknown(path: Path) -> Finding:
         return Finding(path, what, f"Did you mean {near}?")
     keys = ", ".join(recipe_keys().get(section, ()))
     return Finding(path, what, f"{section or 'A recipe'} has the keys {keys}." if keys else None)
+
+
+def _is_in(tree: Any, path: Path) -> bool:
+    try:
+        _value_at(tree, path)
+    except (KeyError, IndexError, TypeError):
+        return False
+    return True
 
 
 def _value_at(tree: Any, path: Path) -> Any:

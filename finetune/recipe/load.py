@@ -32,7 +32,7 @@ def load_recipe(path: str | File, overrides: Sequence[str] = ()) -> Recipe:
         overrides: `KEY=VALUE` with dotted keys and YAML values.
 
     Raises:
-        RecipeError: the file cannot be read or anything in it is wrong; `faults` has all of it, each with file and line.
+        RecipeError: the file cannot be read or anything in it is wrong; `faults` holds all, each with file and line.
     """
     file = find_recipe(path)
     tree = parse_yaml(_read_text(file))
@@ -58,7 +58,7 @@ def load_recipe(path: str | File, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Write a recipe as YAML, sections and keys in the order of the schema; `load_recipe` reads the same recipe back."""
+    """Write a recipe as YAML, keys in the order of the schema; `load_recipe` reads the same recipe back."""
     value = recipe.model_dump()
     for name in ("train", "eval"):
         for source in value["data"][name]:

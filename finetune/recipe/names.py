@@ -98,8 +98,8 @@ def nearest_key(section: str, key: str) -> str | None:
     for names in (here, table):
         if name in names:
             return names[name]
-    for names in (here, table):
-        found = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+    for names, cutoff in ((here, 0.6), (table, 0.75)):
+        found = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
         if found:
             return names[found[0]]
     return None

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from finetune.errors import Fault
-from finetune.recipe.tree import Path, parse_yaml
+from finetune.recipe.tree import Path, Tree, parse_yaml
 
 # Setting one on the command line takes the place of the other in the file.
 _EXCLUSIVE = (
@@ -36,7 +36,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> tuple[dic
         if not sign or not all(str(part) for part in path) or isinstance(path[0], int):
             faults.append(Fault("this is not KEY=VALUE", place, "Write for example training.max_steps=3."))
             continue
-        parsed = parse_yaml(text)
+        # A glob: in an argument of its own there is nothing that an alias could name.
+        parsed = Tree(text) if text.startswith("*") else parse_yaml(text)
         faults += [Fault(what, place, fix) for _, what, fix in parsed.faults]
         if parsed.faults:
             continue

@@ -78,7 +78,7 @@ def _lora_rules(recipe: Recipe) -> Iterator[Clash]:
     if lora.variant == "pissa" and lora.dropout > 0:
         yield Clash(
             ("lora.dropout", "lora.variant"),
-            f"lora.dropout is {lora.dropout}, but pissa keeps principal components in the adapter, which dropout breaks",
+            f"lora.dropout is {lora.dropout}, but pissa keeps the principal components in the adapter",
             "Set lora.dropout to 0 or use another lora.variant.",
         )
     if lora.loraplus_lr_ratio is not None and lora.variant != "lora_plus":

@@ -179,7 +179,7 @@ class DpoSection(Section):
         loss = data.get("loss_type")
         if loss in REFERENCE_FREE_LOSSES:
             data.setdefault("reference_free", True)
-        if data.get("reference_free") is True:
+        if data.get("reference_free") is True or loss in REFERENCE_FREE_LOSSES:
             data.setdefault("precompute_ref_log_probs", False)
         if loss == "simpo" and data.get("simpo_gamma") is None:
             data["simpo_gamma"] = 0.5

@@ -69,7 +69,7 @@ def find_recipe(recipe: str | Path) -> Path:
     file = Path(text)
     if "\0" in text or not text:
         raise RecipeError(f"{text!r} cannot be a file's name", where="RECIPE", fix="Name a recipe file")
-    if file.is_dir():
+    if os.path.isdir(text):
         inside = file / "recipe.yaml"
         fix = f"Did you mean {inside}?" if inside.is_file() else "Name a YAML file."
         raise RecipeError(f"{text} is a folder", where="RECIPE", fix=fix)

@@ -115,6 +115,8 @@ class _Composer:
             if isinstance(character, int):
                 problem = f"character U+{character:04X} is not allowed"
         fix = "Indent with spaces, not with tabs" if "'\\t'" in problem else None
+        if "alphabetic or numeric character" in problem:
+            fix = "Put text that starts with * or & in quotes"
         self._note(mark.line + 1 if mark else None, f"this is not valid YAML: {problem}", fix)
         self.tree.complete = False
 
@@ -143,7 +145,8 @@ class _Composer:
             self._note(line, "merge keys ('<<') are not read", "Write the keys out")
         if key in frame.container:
             first = self.tree.lines.get((*frame.path, key))
-            self._note(line, f"{'.'.join(map(str, (*frame.path, key)))} is given twice, first in line {first}", "Keep one")
+            name = ".".join(map(str, (*frame.path, key)))
+            self._note(line, f"{name} is given twice, first in line {first}", "Keep one")
         frame.key = key
         self.tree.lines[(*frame.path, key)] = line
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,13 @@ class Chart:
 
 
 def series(
-    rows: Sequence[Mapping[str, Any]], key: str, name: str, color: str = "a", *, smooth: bool = False, dots: bool = False
+    rows: Sequence[Mapping[str, Any]],
+    key: str,
+    name: str,
+    color: str = "a",
+    *,
+    smooth: bool = False,
+    dots: bool = False,
 ) -> Series:
     """Pick one key out of rows of metrics, in the order of their steps; rows without a number there are passed over."""
     pairs = sorted(
@@ -166,15 +173,15 @@ def smooth_line(values: np.ndarray, at: np.ndarray) -> np.ndarray:
 
     Source:
         Cleveland 1979, locally weighted regression with tricube weights, without its robust passes; the neighbourhood
-        is a tenth of the points on either side, at least 6.
+        is the nearest fifth of the points, at least 13.
     """
-    reach = max(6, len(values) // 10)
+    size = min(len(values), max(13, len(values) // 5))
     result = np.empty(len(at))
     for place, index in enumerate(at):
-        begin, end = max(0, index - reach), min(len(values), index + reach + 1)
-        x = np.arange(begin, end) - float(index)
-        y = values[begin:end]
-        weight = (1 - (np.abs(x) / (reach + 1)) ** 3) ** 3
+        begin = min(max(0, index - size // 2), len(values) - size)
+        x = np.arange(begin, begin + size) - float(index)
+        y = values[begin : begin + size]
+        weight = (1 - (np.abs(x) / (np.abs(x).max() + 1)) ** 3) ** 3
         mean_x, mean_y = np.average(x, weights=weight), np.average(y, weights=weight)
         slope = (weight * (x - mean_x) * (y - mean_y)).sum() / (weight * (x - mean_x) ** 2).sum()
         result[place] = mean_y - slope * mean_x
@@ -195,7 +202,7 @@ def thin(values: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), most // 2 + 1).astype(np.int64)
     kept = {0, len(values) - 1}
-    for begin, end in zip(edges[:-1], edges[1:]):
+    for begin, end in pairwise(edges):
         kept.update((begin + int(values[begin:end].argmin()), begin + int(values[begin:end].argmax())))
     return np.array(sorted(kept), dtype=np.int64)
 

@@ -1,7 +1,7 @@
 """What a person sees while a command works: lines, tables and progress bars, all on stderr.
 
-stdout belongs to results (`generate`, `preview --json`), so nothing here ever writes to it. On a terminal, running work is one
-live block, a line for each open bar; elsewhere (a pipe, a log file, CI) it is plain lines, a few seconds apart.
+stdout belongs to results (`generate`, `preview --json`), so nothing here ever writes to it. On a terminal, running work
+is one live block, a line for each open bar; elsewhere (a pipe, a log file, CI) it is plain lines, a few seconds apart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ console = Console(stderr=True, highlight=False)
 PLAIN_INTERVAL = 5.0
 """Seconds between two plain lines of one bar."""
 
-PLAIN_DELAY = 1.0
+PLAIN_DELAY = 2.0
 """Seconds before the first of them, so that quick work leaves its closing line only."""
 
 RATE_WINDOW = 30.0
@@ -71,7 +71,9 @@ def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
         for name, value in shown:
             console.print(Text(f"  {name:<{width}}  {value}"), soft_wrap=True)
         return
-    grid = Table(box=box.SIMPLE, show_header=False, title=Text(title, style="bold"), title_justify="left", pad_edge=False)
+    grid = Table(
+        box=box.SIMPLE, show_header=False, title=Text(title, style="bold"), title_justify="left", pad_edge=False
+    )
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
     for name, value in shown:
@@ -84,8 +86,8 @@ def progress(total: int | None, description: str, unit: str = "step", done: int 
     """Show how far a piece of work has come.
 
     Bars may be opened inside each other (an evaluation during training). On a terminal an inner bar vanishes when it is
-    done and the outer one leaves its last line behind. In plain text a bar prints a line after `PLAIN_DELAY` seconds (an
-    inner one after `PLAIN_INTERVAL`), then one every `PLAIN_INTERVAL` seconds, and its last state.
+    done and the outer one leaves its last line behind. In plain text a bar prints a line after `PLAIN_DELAY` seconds
+    (an inner one after `PLAIN_INTERVAL`), then one every `PLAIN_INTERVAL` seconds, and its last state.
 
     Args:
         total: Units of work in all, `done` included; None when unknown.
@@ -180,14 +182,17 @@ class Bar:
 
     def parts(self, last: bool = False) -> list[tuple[int, str]]:
         """List the texts of the bar's line as (rank, text): when room is short, the highest rank goes first."""
-        count = format_count(self.done, self.unit) if self.total is None else f"{self.done:,}/{self.total:,}"
+        count = f"{self.done:,}" if self.total is None else f"{self.done:,}/{self.total:,}"
+        if self.total is None and not self.description.endswith(f"{self.unit}s"):
+            count = format_count(self.done, self.unit)
         parts = [(0, f"{self.description} {count}")]
         parts += [(index + 2, format_field(name, value)) for index, (name, value) in enumerate(self.fields.items())]
         rate = self.mean_rate if last else self.rate
         if rate:
             parts.append((len(parts) + 2, format_rate(rate, self.unit)))
         if last:
-            parts.append((1, f"{'stopped after' if self.stopped else 'in'} {format_seconds(self.elapsed)}"))
+            whole = not self.stopped and (self.total is None or self.done >= self.total)
+            parts.append((1, f"{'in' if whole else 'stopped after'} {format_seconds(self.elapsed)}"))
         elif self.eta is not None:
             parts.append((1, f"ETA {format_seconds(self.eta)}"))
         elif self.total is None:

@@ -66,7 +66,8 @@ def build_manifest(
     Args:
         method: sft or dpo.
         base_model: At least `path`; also parameters, trainable_parameters, or what else is known of it.
-        data: For `train` and `eval`: `files`, each with path, rows and sha256, and counts (read, kept, truncated, dropped).
+        data: For `train` and `eval`: `files`, each with path, rows and sha256, and counts (read, kept, truncated,
+            dropped), and `notes`.
         seed: Of the recipe.
         device: `cpu`, or the name of the accelerator.
         command: The command line, word by word.

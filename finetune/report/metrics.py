@@ -18,9 +18,9 @@ _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class MetricsWriter:
     """Appends rows to metrics.jsonl; each is complete on disk before `write` returns, as far as the process goes.
 
-    Floats are written in full (the shortest text that reads back as the same number). JSON has no NaN, and null would lose
-    which of the three it was, so values that are not finite become the strings "NaN", "Infinity" and "-Infinity", which
-    `read_metrics` turns back.
+    Floats are written in full (the shortest text that reads back as the same number). JSON has no NaN, and null would
+    lose which of the three it was, so values that are not finite become the strings "NaN", "Infinity" and "-Infinity",
+    which `read_metrics` turns back.
     """
 
     def __init__(self, path: str | Path, resume_at_step: int | None = None):
@@ -67,7 +67,9 @@ class MetricsWriter:
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -95,7 +97,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             raise DataError(
                 "the line is not a JSON object", where=f"{path}:{number}", fix="Delete the line, or the file."
             ) from error
-        rows.append({name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()})
+        rows.append(
+            {name: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for name, value in row.items()}
+        )
     return rows
 
 

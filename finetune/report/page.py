@@ -20,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from finetune.errors import DataError
-from finetune.report.charts import Chart, draw, series, smooth_line
+from finetune.report.charts import Chart, draw, series
 from finetune.report.console import format_number, format_seconds
 from finetune.report.metrics import read_metrics
 
@@ -197,7 +197,11 @@ def _went(loss: Any, eval_loss: Any, rows: list[dict[str, Any]]) -> str:
         first, last = ends
         moved = "fell" if last < first else "rose"
         still = math.isclose(first, last, rel_tol=0.005)
-        parts.append(f"Training loss stayed at {last:.3g}." if still else f"Training loss {moved} from {first:.3g} to {last:.3g}.")
+        parts.append(
+            f"Training loss stayed at {last:.3g}."
+            if still
+            else f"Training loss {moved} from {first:.3g} to {last:.3g}."
+        )
     values = eval_loss.values[np.isfinite(eval_loss.values)]
     if len(values):
         best = int(np.argmin(values))
@@ -206,9 +210,13 @@ def _went(loss: Any, eval_loss: Any, rows: list[dict[str, Any]]) -> str:
         if values[-1] > values[best] * 1.02:
             text += f" and ended higher, at {values[-1]:.3g}"
         parts.append(text + ".")
-    accuracy = _ends(series(rows, "rewards/accuracies", ""))
-    if accuracy:
-        parts.append(f"At the end the chosen answer is preferred in {accuracy[1]:.0%} of training pairs.")
+    shares = [
+        f"{ends[1]:.0%} of {kind} pairs"
+        for key, kind in (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "evaluation"))
+        if (ends := _ends(series(rows, key, "")))
+    ]
+    if shares:
+        parts.append(f"At the end the chosen answer is preferred in {' and '.join(shares)}.")
     return " ".join(parts)
 
 
@@ -234,10 +242,11 @@ def _tiles(run: Run, loss: Any, eval_loss: Any) -> Iterator[tuple[str, str, str]
         best = int(np.argmin(np.where(finite, eval_loss.values, np.inf)))
         yield "Best evaluation loss", f"{eval_loss.values[best]:.3g}", f"at step {int(eval_loss.steps[best]):,}"
     for key, name in (("rewards/accuracies", "Pairs ranked right"), ("rewards/margins", "Reward margin")):
-        values = _ends(series(run.rows, key, ""))
+        held_out, training = (_ends(series(run.rows, prefix + key, "")) for prefix in ("eval_", ""))
+        values = held_out or training
         if values:
             shown = [f"{value:.0%}" if key.endswith("accuracies") else f"{value:.3g}" for value in values]
-            yield name, shown[1], f"from {shown[0]}"
+            yield name, shown[1], "evaluation" if held_out else f"from {shown[0]}"
     matches = _matches(run.samples)
     if matches:
         remark = f"before: {matches['before']}" if matches["before"] is not None else "equal to the reference"
@@ -257,14 +266,17 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     def pick(key: str, name: str, color: str = "a", smooth: bool = True) -> Any:
         return series(rows, key, name, color, smooth=smooth)
 
-    evaluation = series(rows, "eval_loss", "evaluation", "b", dots=True)
+    def held_out(key: str) -> Any:
+        return series(rows, key, "evaluation", "b", dots=True)
+
     logps = [pick("logps/chosen", "chosen"), pick("logps/rejected", "rejected", "b")]
     rewards = [pick("rewards/chosen", "chosen"), pick("rewards/rejected", "rejected", "b")]
-    accuracies = [pick("rewards/accuracies", "accuracy")]
+    margins = [pick("rewards/margins", "training"), held_out("eval_rewards/margins")]
+    accuracies = [pick("rewards/accuracies", "training"), held_out("eval_rewards/accuracies")]
     charts = [
-        draw("Loss", [pick("loss", "training"), evaluation], size="full"),
+        draw("Loss", [pick("loss", "training"), held_out("eval_loss")], size="full"),
         draw("Rewards", rewards, size="half"),
-        draw("Reward margin", [pick("rewards/margins", "margin")], size="half"),
+        draw("Reward margin", margins, size="half"),
         draw("Share of pairs ranked right", accuracies, bounds=(0.0, 1.0), size="half"),
         draw("Log-probability of the answers", logps, size="half"),
         draw("Learning rate", [pick("learning_rate", "learning rate", "c", smooth=False)], from_zero=True),
@@ -275,14 +287,12 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
 
 
 def _ends(line: Any) -> tuple[float, float] | None:
-    """Give the smoothed first and last value of a series, so that one lucky batch makes no headline."""
+    """Give the means of the first and the last tenth of a series, so that one lucky batch makes no headline."""
     values = line.values[np.isfinite(line.values)]
     if not len(values):
         return None
-    if len(values) < 12:
-        return float(values[0]), float(values[-1])
-    first, last = np.clip(smooth_line(values, np.array([0, len(values) - 1])), values.min(), values.max())
-    return float(first), float(last)
+    tenth = max(1, len(values) // 10)
+    return float(values[:tenth].mean()), float(values[-tenth:].mean())
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,7 +320,7 @@ def _prompt(prompt: Any) -> str:
 
 
 def _matches(samples: list[Mapping[str, Any]]) -> dict[str, int | None] | None:
-    """Count the samples whose answer is exactly the reference; None when that says nothing (free text, no references)."""
+    """Count the samples whose answer is exactly the reference; None when there are none to count."""
     known = [sample for sample in samples if sample.get("reference") is not None and sample.get("after") is not None]
     counts = {
         key: sum(str(sample.get(key)).strip() == str(sample["reference"]).strip() for sample in known)
@@ -397,8 +407,10 @@ def _provenance(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _plain(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00", value):
         return datetime.fromisoformat(value).strftime("%d %B %Y, %H:%M:%S UTC").lstrip("0")
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 100_000:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 10_000:
         return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -137,6 +137,7 @@ def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[
     layouts = [task.layout(micro) for micro in units]
     counts = world.all_sum([sum(map(task.weight, layouts)), sum(layout.num_tokens for layout in layouts)])
     denominator, tokens = counts[0], int(counts[1])
+    task.begin_step(layouts, world)
     sums: dict[str, float] = {}
     for index, layout in enumerate(layouts):
         paddle.seed(step_seed(training.seed, step.number, index, world.rank))

@@ -6,6 +6,8 @@ are added up, never averaged. Launched by `paddle.distributed.launch`, which pic
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 from dataclasses import dataclass
 
@@ -84,6 +86,8 @@ def world_from_environment() -> World:
 def join(world: World) -> None:
     """Connect this process to its peers."""
     if world.size > 1:
-        import paddle
+        from finetune.model.runtime import paddle
 
-        paddle.distributed.init_parallel_env()
+        module = paddle()
+        with contextlib.redirect_stderr(io.StringIO()):  # it lists flags that Paddle itself changed
+            module.distributed.init_parallel_env()

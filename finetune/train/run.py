@@ -20,7 +20,7 @@ from finetune.report.manifest import build_manifest, write_manifest
 from finetune.report.metrics import MetricsWriter
 from finetune.report.page import write_report
 from finetune.train.lock import locked
-from finetune.train.parallel import World, world_from_environment
+from finetune.train.parallel import World, join, world_from_environment
 from finetune.train.prepare import Prepared, describe, prepare
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ def _run(recipe: Recipe, world: World) -> None:
     prepared = prepare(recipe, world.size, rank=world.rank)
     from finetune.train.resume import find_start
 
+    join(world)
     start = find_start(prepared, world)
     if start.finished:
         console.say(

@@ -16,7 +16,7 @@ from finetune.model.write import save_hf, write_companions
 from finetune.train.checkpoint import rotate, write_checkpoint
 from finetune.train.loop import RunState, train_loop
 from finetune.train.optimizer import NamedAdamW, trainable_parameters
-from finetune.train.parallel import World, join
+from finetune.train.parallel import World
 from finetune.train.prepare import Prepared
 from finetune.train.resume import Start, fingerprint
 from finetune.train.schedule import learning_rate
@@ -27,8 +27,8 @@ class Session:
     """Built anew, or from a checkpoint; then `train` and `write_final`."""
 
     def __init__(self, prepared: Prepared, world: World, start: Start):
-        join(world)
         self.prepared, self.world = prepared, world
+        self.resumed = start.checkpoint is not None
         self.model, self.dtype = _build_model(prepared, start)
         self.device = device()
         parameters = trainable_parameters(self.model)

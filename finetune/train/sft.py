@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune.train.forward import token_logps
 from finetune.train.layout import Layout, lay_out_samples
+from finetune.train.parallel import World
 
 
 class SftTask:
@@ -35,6 +36,9 @@ class SftTask:
     def weight(self, layout: Layout) -> int:
         """What the loss is a mean over: supervised tokens."""
         return layout.num_targets
+
+    def begin_step(self, layouts: list[Layout], world: World) -> None:
+        """Called before the losses of a step; this loss needs nothing beforehand."""
 
     def loss(self, layout: Layout, denominator: float):
         """Negative log-likelihood.

@@ -25,9 +25,9 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def read_job() -> dict:
-    """The job named on the command line."""
-    return json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+def read_jobs() -> list[dict]:
+    """The jobs named on the command line."""
+    return [json.loads(Path(name).read_text(encoding="utf-8")) for name in sys.argv[1:]]
 
 
 def read_rows(job: dict) -> list[dict]:

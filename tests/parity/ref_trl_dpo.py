@@ -1,4 +1,4 @@
-"""TRL's preference trainers on one job: `python ref_trl_dpo.py JOB.json` in the reference environment.
+"""TRL's preference trainers on each job: `python ref_trl_dpo.py JOB.json ...` in the reference environment.
 
 The job is that of `ref_common`, and `loss_type`, `beta`, `label_smoothing`, `sft_loss_ratio`, `simpo_gamma`, `precompute`
 with this package's names. Rows are {"prompt": messages, "chosen": text, "rejected": text}: the prompt is rendered by
@@ -17,7 +17,7 @@ kto_pair and dpop are not in TRL 1.16.
 from __future__ import annotations
 
 from datasets import Dataset
-from ref_common import Recorded, load_model, load_tokenizer, read_job, read_rows, training_arguments, write_answer
+from ref_common import Recorded, load_model, load_tokenizer, read_jobs, read_rows, training_arguments, write_answer
 from trl import DPOConfig, DPOTrainer
 
 
@@ -79,8 +79,8 @@ def orpo_trainer(job: dict, common: dict):
     return RecordedORPOTrainer(args=ORPOConfig(**training_arguments(job), beta=job["beta"]), **common)
 
 
-def main() -> None:
-    job = read_job()
+def run(job: dict) -> None:
+    """Train one job and write its answer."""
     tokenizer = load_tokenizer(job)
     rows = [as_text(row, tokenizer) for row in read_rows(job)]
     common = {"model": load_model(job), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
@@ -98,4 +98,5 @@ def _tokens(example: dict) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    for each in read_jobs():
+        run(each)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on one job: `python ref_trl_sft.py JOB.json` in the reference environment.
+"""TRL's SFTTrainer on each job: `python ref_trl_sft.py JOB.json ...` in the reference environment.
 
 The job is that of `ref_common`, and `mask`:
 - `completion`: rows {"messages"}; the last assistant message is TRL's completion. The prompt is rendered by transformers
@@ -12,7 +12,7 @@ The answer adds `examples`: the token ids and labels TRL made of each row.
 from __future__ import annotations
 
 from datasets import Dataset
-from ref_common import Recorded, load_model, load_tokenizer, read_job, read_rows, training_arguments, write_answer
+from ref_common import Recorded, load_model, load_tokenizer, read_jobs, read_rows, training_arguments, write_answer
 from trl import SFTConfig, SFTTrainer
 
 
@@ -27,8 +27,8 @@ def as_completion(row: dict, tokenizer) -> dict:
     return {"prompt": text, "completion": last["content"]}
 
 
-def main() -> None:
-    job = read_job()
+def run(job: dict) -> None:
+    """Train one job and write its answer."""
     tokenizer = load_tokenizer(job)
     rows = read_rows(job)
     completion = job["mask"] == "completion"
@@ -49,4 +49,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    for each in read_jobs():
+        run(each)

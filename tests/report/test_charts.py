@@ -20,7 +20,11 @@ def points(path):
 
 
 def test_a_series_takes_what_has_a_step_and_a_number():
-    line = series([{"step": 2, "loss": 0.5}, {"step": 1, "loss": 1}, {"step": 3}, {"loss": 9.0}, {"step": 4, "loss": "x"}], "loss", "l")
+    line = series(
+        [{"step": 2, "loss": 0.5}, {"step": 1, "loss": 1}, {"step": 3}, {"loss": 9.0}, {"step": 4, "loss": "x"}],
+        "loss",
+        "l",
+    )
     assert line.steps.tolist() == [1, 2] and line.values.tolist() == [1.0, 0.5]
 
 
@@ -89,7 +93,8 @@ def test_a_spike_turns_the_scale_to_logarithmic():
 
 
 @pytest.mark.parametrize(
-    "values", [[0.0, 0.0], [1e-5, 3e-5], [5.0, 5.0], [-3.0, -1.0], [0.99, 1.01], [1e6, 5e6], [1e-12, 2e-12], [-1e9, 1e9]]
+    "values",
+    [[0.0, 0.0], [1e-5, 3e-5], [5.0, 5.0], [-3.0, -1.0], [0.99, 1.01], [1e6, 5e6], [1e-12, 2e-12], [-1e9, 1e9]],
 )
 def test_ticks_lie_on_the_axis_and_are_distinct(values):
     chart = draw("x", [series(rows(values), "loss", "loss")])
@@ -100,7 +105,15 @@ def test_ticks_lie_on_the_axis_and_are_distinct(values):
 
 @pytest.mark.parametrize(
     ("value", "step", "label"),
-    [(0, 0.5, "0"), (0.25, 0.25, "0.25"), (1.5, 0.5, "1.5"), (5e-5, 5e-5, "5e-5"), (2500, 500, "2.5k"), (2e6, 1e6, "2M"), (-80, 5, "-80")],
+    [
+        (0, 0.5, "0"),
+        (0.25, 0.25, "0.25"),
+        (1.5, 0.5, "1.5"),
+        (5e-5, 5e-5, "5e-5"),
+        (2500, 500, "2.5k"),
+        (2e6, 1e6, "2M"),
+        (-80, 5, "-80"),
+    ],
 )
 def test_tick_labels(value, step, label):
     assert _tick_label(value, step) == label

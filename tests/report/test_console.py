@@ -54,7 +54,7 @@ def lines(capsys):
 
 def test_plain_lines_of_a_run(capsys, clock):
     with console.progress(12, "train") as bar:
-        for step in range(1, 13):
+        for _ in range(12):
             clock.sleep(2.0)
             bar.advance(loss=1.2345, tokens_per_second=812.4)
     assert lines(capsys) == [
@@ -84,6 +84,21 @@ def test_an_unknown_total_shows_time_instead_of_eta(capsys, clock):
         "read 1,500 rows  125 row/s  0:12",
         "read 1,500 rows  125 row/s  in 0:12",
     ]
+
+
+def test_work_that_ends_early_says_so(capsys, clock):
+    with console.progress(10, "train") as bar:
+        clock.sleep(1)
+        bar.advance(4)
+    assert lines(capsys) == ["train 4/10  4.00 step/s  stopped after 0:01"]
+
+
+def test_a_unit_in_the_description_is_not_repeated(capsys, clock):
+    for description in ("read", "read training rows"):
+        with console.progress(None, description, "row") as bar:
+            clock.sleep(0.5)
+            bar.advance(1)
+    assert lines(capsys) == ["read 1 row  2.00 row/s  in 0:01", "read training rows 1  2.00 row/s  in 0:01"]
 
 
 def test_an_inner_bar_waits_longer_and_both_close(capsys, clock):
@@ -251,12 +266,20 @@ def test_fields(name, value, shown):
 
 @pytest.mark.parametrize(
     ("rate", "shown"),
-    [(1.934, "1.93 step/s"), (19.34, "19.3 step/s"), (4210.4, "4,210 step/s"), (0.05, "20.0 s/step"), (0.1, "0.10 step/s")],
+    [
+        (1.934, "1.93 step/s"),
+        (19.34, "19.3 step/s"),
+        (4210.4, "4,210 step/s"),
+        (0.05, "20.0 s/step"),
+        (0.1, "0.10 step/s"),
+    ],
 )
 def test_rates(rate, shown):
     assert console.format_rate(rate, "step") == shown
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (46.4, "0:46"), (59.6, "1:00"), (723, "12:03"), (3723, "1:02:03")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0, "0:00"), (46.4, "0:46"), (59.6, "1:00"), (723, "12:03"), (3723, "1:02:03")]
+)
 def test_durations(seconds, shown):
     assert console.format_seconds(seconds) == shown

@@ -61,7 +61,10 @@ def test_installed_versions_leave_out_what_is_missing():
         ("hf_token=abc", "hf_token=***"),
         ("using hf_abcdefghijklmnopqrstuv here", "using *** here"),
         ("password: secret1", "password: ***"),
-        ("model.path=Qwen/Qwen2-0.5B max_new_tokens=5 eos_token=x", "model.path=Qwen/Qwen2-0.5B max_new_tokens=5 eos_token=x"),
+        (
+            "model.path=Qwen/Qwen2-0.5B max_new_tokens=5 eos_token=x",
+            "model.path=Qwen/Qwen2-0.5B max_new_tokens=5 eos_token=x",
+        ),
         ("data/token/train.jsonl", "data/token/train.jsonl"),
         ("user@example.org", "user@example.org"),
     ],

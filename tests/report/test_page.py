@@ -105,8 +105,15 @@ MANIFEST = {
 
 
 def test_a_finished_run(tmp_path):
-    rows = sft_rows(100) + [{"step": 50, "eval_loss": 0.9}, {"step": 75, "eval_loss": 0.7}, {"step": 100, "eval_loss": 0.8}]
-    samples = [{"prompt": "2 + 2?", "reference": "4", "before": "two", "after": " 4\n"}, {"prompt": "Say hi", "after": "Hi!"}]
+    rows = sft_rows(100) + [
+        {"step": 50, "eval_loss": 0.9},
+        {"step": 75, "eval_loss": 0.7},
+        {"step": 100, "eval_loss": 0.8},
+    ]
+    samples = [
+        {"prompt": "2 + 2?", "reference": "4", "before": "two", "after": " 4\n"},
+        {"prompt": "Say hi", "after": "Hi!"},
+    ]
     _, page = report(make_run(tmp_path / "run", rows, RECIPE, MANIFEST, samples))
     for expected in (
         "Qwen2-0.5B: supervised fine-tuning",
@@ -137,7 +144,9 @@ def test_a_dpo_run_has_its_curves(tmp_path):
 
 
 def test_the_page_asks_for_nothing_from_outside(tmp_path):
-    text, page = report(make_run(tmp_path / "run", dpo_rows(50), RECIPE, MANIFEST, [{"prompt": "https://x.test/a", "after": "b"}]))
+    text, page = report(
+        make_run(tmp_path / "run", dpo_rows(50), RECIPE, MANIFEST, [{"prompt": "https://x.test/a", "after": "b"}])
+    )
     for tag, attrs in page.tags:
         assert tag not in {"img", "iframe", "object", "embed", "base", "form", "a"}
         assert "src" not in attrs and "srcset" not in attrs
@@ -149,13 +158,16 @@ def test_the_page_asks_for_nothing_from_outside(tmp_path):
 
 def test_everything_from_the_run_is_escaped(tmp_path):
     recipe = f"method: sft\nmodel:\n  path: {json.dumps(PAYLOAD)}  # {PAYLOAD}\n"
+    files = [dict.fromkeys(["path", "rows", "sha256"], PAYLOAD)]
     manifest = {
         "method": "sft", "device": PAYLOAD, "command": [PAYLOAD], "versions": {PAYLOAD: PAYLOAD}, "status": PAYLOAD,
         "base_model": {"path": PAYLOAD}, "tokens": {PAYLOAD: PAYLOAD},
-        "data": {PAYLOAD: {PAYLOAD: 1, "notes": [PAYLOAD], "files": [{"path": PAYLOAD, "rows": PAYLOAD, "sha256": PAYLOAD}]}},
+        "data": {PAYLOAD: {PAYLOAD: 1, "notes": [PAYLOAD], "files": files}},
     }  # fmt: skip
-    samples = [{"prompt": [{"role": PAYLOAD, "content": PAYLOAD}], "reference": PAYLOAD, "before": PAYLOAD, "after": PAYLOAD}]
-    text, page = report(make_run(tmp_path / "a<b>&", sft_rows(3), recipe, manifest, samples))
+    samples = [
+        {"prompt": [{"role": PAYLOAD, "content": PAYLOAD}], "reference": PAYLOAD, "before": PAYLOAD, "after": PAYLOAD}
+    ]
+    _, page = report(make_run(tmp_path / "a<b>&", sft_rows(3), recipe, manifest, samples))
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert "img" not in {tag for tag, _ in page.tags}
     assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
@@ -163,9 +175,11 @@ def test_everything_from_the_run_is_escaped(tmp_path):
 
 
 def test_a_long_run_with_long_samples_stays_small(tmp_path):
-    samples = [{"prompt": "é<" * 5000, "reference": "&" * 5000, "before": "\"" * 5000, "after": "x" * 5000}] * 500
+    samples = [{"prompt": "é<" * 5000, "reference": "&" * 5000, "before": '"' * 5000, "after": "x" * 5000}] * 500
     manifest = {**MANIFEST, "data": {"train": {"files": [{"path": "p" * 100, "rows": 1, "sha256": "0" * 64}] * 5000}}}
-    text, page = report(make_run(tmp_path / "run", dpo_rows(20_000), RECIPE + "# comment\n" * 50_000, manifest, samples))
+    text, page = report(
+        make_run(tmp_path / "run", dpo_rows(20_000), RECIPE + "# comment\n" * 50_000, manifest, samples)
+    )
     assert len(text.encode()) < 1_000_000
     assert f"{500 - MAX_SAMPLES} more in samples.json" in page.text
     assert "4900 more files in manifest.json" in page.text and "Cut here" in page.text

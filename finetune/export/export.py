@@ -1,0 +1,157 @@
+"""`finetune export`: any model written for other programs, adapters merged on the way, and checked where asked.
+
+The weights go from file to file one at a time; paddle is loaded only to verify.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from finetune.errors import ArgumentError, CheckpointError, FinetuneError
+from finetune.model.adapters import peft_config
+from finetune.model.config import DTYPES
+from finetune.model.convert import EMBEDDING, modules, peft_name
+from finetune.model.files import check_new, new_folder, write_json
+from finetune.model.resolve import ModelSource, resolve_model
+from finetune.model.tensorfile import write_tensors
+from finetune.model.weights import open_adapter, short_names, stored_weights
+from finetune.model.write import promise, write_companions, write_hf, write_paddle
+
+FORMATS = ("hf", "paddle", "peft", "gguf")
+GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an export wrote.
+
+    Attributes:
+        folder: Where.
+        format, dtype: As written; never `auto`.
+        tensors, parameters, size: Number of tensors, of numbers in them, and bytes of all files.
+        merged: What was folded in, or None.
+        difference, limit: Largest logit difference of the verification and what is allowed; None without it.
+    """
+
+    folder: Path
+    format: str
+    dtype: str
+    tensors: int
+    parameters: int
+    size: int
+    merged: str | None
+    difference: float | None = None
+    limit: float | None = None
+
+
+def export(
+    model: str | Path,
+    output_dir: str | Path,
+    *,
+    format: str = "hf",
+    dtype: str = "auto",
+    verify: bool = False,
+    say: Callable[[str], None] = print,
+) -> Written:
+    """Write a model in another layout or number format.
+
+    Args:
+        model: A MODEL as on the command line.
+        output_dir: Must not exist, or be empty.
+        format: hf, paddle, peft (the adapter alone) or gguf.
+        dtype: auto (as the model is stored), float32, bfloat16, float16; gguf also q8_0. F32, BF16, F16 mean the same.
+        verify: Read the result back and compare its logits with the model's.
+        say: Where the summary goes, one line each.
+
+    Raises:
+        ArgumentError: a format or dtype that does not exist or does not go with the model.
+        CheckpointError: the model cannot be read, or the folder not written.
+        FinetuneError: what was written differs from the model by more than its number format explains.
+    """
+    source, output_dir = resolve_model(model), Path(output_dir)
+    format, dtype = _checked(source, format, dtype)
+    check_new(output_dir)
+    written = _write(source, output_dir, format, dtype)
+    say(_summary(written))
+    if not verify:
+        return written
+    from finetune.export.verify import compare
+
+    difference, limit = compare(source, output_dir, format, written.dtype)
+    if not difference <= limit:
+        raise FinetuneError(
+            f"the largest logit difference to the model is {difference:.3g}, above {limit:.3g} for {written.dtype}",
+            where=str(output_dir),
+            fix="Do not use what was written" + ("; try --dtype float32." if written.dtype != "float32" else "."),
+        )
+    say(f"Verified: largest logit difference {difference:.3g} (limit {limit:.3g} for {written.dtype}).")
+    return Written(**{**written.__dict__, "difference": difference, "limit": limit})
+
+
+def _checked(source: ModelSource, format: str, dtype: str) -> tuple[str, str]:
+    """Format and dtype, valid for this model; `auto` stays."""
+    if format not in FORMATS:
+        raise ArgumentError(f"is {format!r}", where="--format", fix=f"One of {', '.join(FORMATS)}.")
+    dtype = GGUF_DTYPES.get(dtype.lower(), dtype)
+    known = ("auto", *DTYPES, "q8_0") if format == "gguf" else ("auto", *DTYPES)
+    if dtype not in known:
+        raise ArgumentError(f"is {dtype!r}", where="--dtype", fix=f"With --format {format}: {', '.join(known)}.")
+    if format == "peft" and source.lora is None:
+        fix = "Use --format hf or paddle; peft is for models trained with LoRA."
+        raise ArgumentError(f"{source.name} is a whole model, not an adapter", where="--format", fix=fix)
+    return format, dtype
+
+
+def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Written:
+    if format == "peft":
+        return _write_peft(source, folder, dtype)
+    weights = stored_weights(source)
+    if dtype == "auto":
+        dtype = weights[EMBEDDING].dtype.name if weights[EMBEDDING].dtype.name in DTYPES else "float32"
+    tokenizer = source.tokenizer_folder
+    if format == "gguf":
+        from finetune.export.gguf import write_gguf
+
+        write_gguf(source.config, weights, folder, dtype=dtype, tokenizer=tokenizer, name=Path(source.name).name)
+    else:
+        write = write_hf if format == "hf" else write_paddle
+        write(source.config, weights, folder, dtype=dtype, tokenizer=tokenizer)
+    merged = None
+    if source.lora:
+        merged = f"adapter of rank {source.lora.rank} merged into {source.base.name}"
+    return _written(folder, format, dtype, [weight.shape for weight in weights.values()], merged)
+
+
+def _write_peft(source: ModelSource, folder: Path, dtype: str) -> Written:
+    """An adapter of either layout, as PEFT has it."""
+    adapter, settings = open_adapter(source)
+    if dtype == "auto":
+        dtype = next(iter(adapter.values())).dtype.name
+    tensors = {}
+    for name, weight in adapter.items():
+        module, _, part = name.rpartition(".")
+        tensors[peft_name(module, part)] = promise(weight, name, dtype, turn=False)
+    targets = short_names([name.rpartition(".")[0] for name in adapter if name.endswith("A")], modules(source.config))
+    with new_folder(folder) as partial:
+        write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
+        write_json(partial / "adapter_config.json", peft_config(settings, source.base.hub_or_folder, targets))
+        write_companions(partial, source.config, source.tokenizer_folder)
+    return _written(folder, "peft", dtype, [weight.shape for weight in adapter.values()], None)
+
+
+def _written(folder: Path, format: str, dtype: str, shapes: list[tuple[int, ...]], merged: str | None) -> Written:
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    return Written(folder, format, dtype, len(shapes), sum(map(prod, shapes)), size, merged)
+
+
+def _summary(written: Written) -> str:
+    size = written.size / 2**30
+    size = f"{size:.2f} GiB" if size >= 1 else f"{written.size / 2**20:.1f} MiB"
+    merged = f", {written.merged}" if written.merged else ""
+    return (
+        f"Wrote {written.folder} ({written.format}): {written.tensors} tensors, {written.parameters:,} parameters, "
+        f"{written.dtype}, {size}{merged}."
+    )

@@ -1,0 +1,164 @@
+"""GGUF files, as llama.cpp and what is built on it read them, by way of the `gguf` package (the extra `gguf`).
+
+Names and metadata follow llama.cpp's convert_hf_to_gguf.py for Qwen2: vectors stay float32, a matrix whose rows are no
+multiple of 32 is stored as float16 where Q8_0 was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from finetune.chat.tokenizer import Tokenizer
+from finetune.errors import ArgumentError, CheckpointError
+from finetune.model.convert import hf_shapes
+from finetune.model.files import new_folder
+from finetune.model.weights import Weight, numpy_dtype
+from finetune.model.write import cast, generation_config
+
+_BLOCK = 32  # Q8_0: 32 numbers share a scale
+_FILE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+
+
+def write_gguf(
+    facts: dict, weights: dict[str, Weight], folder: str | Path, *, dtype: str, tokenizer: Path, name: str
+) -> None:
+    """Write `folder/model-<DTYPE>.gguf`, one tensor in memory at a time.
+
+    Args:
+        facts: The model's, as `config.read_config` gives them.
+        weights: By Hugging Face name.
+        folder: Must not exist, or be empty.
+        dtype: float32, float16, bfloat16 or q8_0.
+        tokenizer: Folder with the tokenizer.
+        name: The model's, for display.
+
+    Raises:
+        ArgumentError: the gguf package is missing, or a weight is too large for float16.
+        CheckpointError: the tokenizer cannot be read, or the folder not written.
+    """
+    gguf = _package()
+    with new_folder(Path(folder)) as partial:
+        writer = gguf.GGUFWriter(partial / f"model-{_FILE_NAMES[dtype]}.gguf", "qwen2")
+        _add_facts(writer, gguf, facts, dtype, name)
+        _add_tokenizer(writer, gguf, facts, tokenizer)
+        names = _names(gguf, facts)
+        kinds = {name: _kind(name, weight.shape, dtype) for name, weight in weights.items()}
+        for name, weight in weights.items():
+            kind = gguf.GGMLQuantizationType[_FILE_NAMES[kinds[name]]]
+            shape = gguf.quant_shape_to_byte_shape(weight.shape, kind) if kinds[name] in ("q8_0", "bfloat16") else None
+            if shape is None:
+                item = numpy_dtype(kinds[name])
+                size = int(np.prod(weight.shape)) * item.itemsize
+                writer.add_tensor_info(names[name], weight.shape, item, size, kind)
+            else:
+                writer.add_tensor_info(names[name], shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, weight in weights.items():
+            writer.write_tensor_data(_encoded(gguf, weight.read(), kinds[name], name))
+        writer.close()
+
+
+def read_gguf(facts: dict, folder: Path) -> dict[str, Weight]:
+    """The weights of a file that `write_gguf` wrote, made float32 again, by Hugging Face name.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of another shape.
+    """
+    gguf = _package()
+    path = next(folder.glob("*.gguf"))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    names, shapes = _names(gguf, facts), hf_shapes(facts)
+    if set(tensors) != set(names.values()):
+        raise CheckpointError(f"tensors differ: {sorted(set(tensors) ^ set(names.values()))[:5]}", where=str(path))
+
+    def weight(name: str) -> Weight:
+        tensor = tensors[names[name]]
+        if tuple(int(size) for size in tensor.shape[::-1]) != shapes[name]:
+            raise CheckpointError(f"tensor {tensor.name!r} has shape {list(tensor.shape)}", where=str(path))
+        read = lambda: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shapes[name])  # noqa: E731
+        return Weight(np.dtype(np.float32), shapes[name], read)
+
+    return {name: weight(name) for name in shapes}
+
+
+def _package():
+    try:
+        import gguf
+    except ImportError as error:
+        fix = "Install it: pip install 'paddle-finetune[gguf]'."
+        raise ArgumentError("the gguf package is not installed", where="--format gguf", fix=fix) from error
+    return gguf
+
+
+def _names(gguf, facts: dict) -> dict[str, str]:
+    """Hugging Face name -> GGUF name."""
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, facts["num_hidden_layers"])
+    return {name: table.get_name(name, (".weight", ".bias")) for name in hf_shapes(facts)}
+
+
+def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    if len(shape) == 1:
+        return "float32"
+    return "float16" if dtype == "q8_0" and shape[-1] % _BLOCK else dtype
+
+
+def _encoded(gguf, array: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """The tensor as its bytes go into the file."""
+    if kind == "q8_0":
+        return gguf.quantize(array.astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+    array = np.ascontiguousarray(cast(array, kind, name))
+    return array.view(np.uint8) if kind == "bfloat16" else array
+
+
+def _add_facts(writer, gguf, facts: dict, dtype: str, name: str) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_context_length(facts["max_position_embeddings"])
+    writer.add_embedding_length(facts["hidden_size"])
+    writer.add_block_count(facts["num_hidden_layers"])
+    writer.add_feed_forward_length(facts["intermediate_size"])
+    writer.add_head_count(facts["num_attention_heads"])
+    writer.add_head_count_kv(facts["num_key_value_heads"])
+    writer.add_rope_freq_base(facts["rope_theta"])
+    writer.add_layer_norm_rms_eps(facts["rms_norm_eps"])
+    kind = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[dtype]
+    writer.add_file_type(gguf.LlamaFileType[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer, gguf, facts: dict, folder: Path) -> None:
+    """Vocabulary, merges, special tokens and the chat template. Ids the tokenizer does not use become [PADn]."""
+    tokenizer = Tokenizer.from_folder(folder)
+    content = json.loads(tokenizer.backend.to_str())
+    added = {token["id"]: token for token in content["added_tokens"]}
+    tokens = {number: text for text, number in content["model"]["vocab"].items()} | {
+        number: token["content"] for number, token in added.items()
+    }
+    size, kinds = facts["vocab_size"], gguf.TokenType
+    if max(tokens) >= size:
+        raise CheckpointError(f"the tokenizer has ids up to {max(tokens)}, the model knows {size}", where=str(folder))
+
+    def kind(number: int) -> int:
+        if number not in tokens:
+            return kinds.UNUSED
+        if number not in added:
+            return kinds.NORMAL
+        return kinds.CONTROL if added[number]["special"] else kinds.USER_DEFINED
+
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([tokens.get(number, f"[PAD{number}]") for number in range(size)])
+    writer.add_token_types([kind(number) for number in range(size)])
+    writer.add_token_merges(merges)
+    stops = generation_config(facts, folder).get("eos_token_id") or [tokenizer.eos_token_id]
+    writer.add_eos_token_id(stops[0])
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)

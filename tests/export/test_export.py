@@ -1,0 +1,153 @@
+"""`finetune export`: every format, merged where there is an adapter, verified, refused with a fix."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from finetune.errors import ArgumentError, CheckpointError, FinetuneError
+from finetune.export.export import export
+from finetune.model.adapters import LoraSettings
+from tests.model.compute import logits, shake
+from tests.tiny import tiny_model, tiny_weights
+
+
+@pytest.fixture(scope="module", params=["lora", "rslora", "pissa"])
+def adapter(request, tiny_folder, tmp_path_factory):
+    """(adapter folder, the logits it had in memory)."""
+    from finetune.model.load import load_model
+    from finetune.model.lora import add_lora, save_peft
+
+    folder = tmp_path_factory.mktemp(request.param) / "a"
+    model = add_lora(load_model(tiny_folder).model, LoraSettings(rank=4, alpha=8, variant=request.param), seed=1)
+    shake(model, size=0.02)
+    model.eval()
+    save_peft(model, folder, base=str(tiny_folder), tokenizer=tiny_folder)
+    return folder, logits(model)
+
+
+def load(folder):
+    from finetune.model.load import load_model
+
+    return load_model(folder).model
+
+
+@pytest.mark.parametrize("format", ["hf", "paddle", "peft"])
+def test_an_adapter_in_every_format(format, adapter, tmp_path):
+    folder, expected = adapter
+    lines = []
+    written = export(folder, tmp_path / "out", format=format, verify=True, say=lines.append)
+    assert np.abs(logits(load(tmp_path / "out")) - expected).max() < 1e-4
+    assert written.difference < 5e-5 and written.limit == 1e-4 and written.dtype == "float32"
+    assert len(lines) == 2 and "Verified" in lines[1]
+    assert ("merged" in lines[0]) == (format != "peft")
+
+
+@pytest.mark.parametrize("dtype, item", [("bfloat16", 2), ("float16", 2), ("float32", 4)])
+def test_dtypes(dtype, item, adapter, tmp_path):
+    written = export(adapter[0], tmp_path / "out", dtype=dtype, verify=True, say=lambda line: None)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {array.dtype.name for array in stored.values()} == {dtype}
+    assert written.parameters == sum(array.size for array in stored.values())
+    assert written.difference <= written.limit
+
+
+def test_auto_keeps_the_dtype_and_the_bits(tmp_path):
+    folder = tiny_model(tmp_path / "m", tied=False, dtype="bfloat16", max_shard_bytes=40_000)
+    written = export(folder, tmp_path / "out", verify=True, say=lambda line: None)
+    assert (written.dtype, written.difference) == ("bfloat16", 0.0)
+    stored, expected = load_file(tmp_path / "out" / "model.safetensors"), tiny_weights(tied=False, dtype="bfloat16")
+    assert stored.keys() == expected.keys()
+    assert all(stored[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+def test_paddle_and_back_is_bit_equal(tiny_untied_folder, tmp_path):
+    export(tiny_untied_folder, tmp_path / "paddle", format="paddle", say=lambda line: None)
+    export(tmp_path / "paddle", tmp_path / "hf", format="hf", verify=True, say=lambda line: None)
+    stored, expected = load_file(tmp_path / "hf" / "model.safetensors"), tiny_weights(tied=False, seed=1)
+    assert all(stored[name].tobytes() == expected[name].tobytes() for name in expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0"])
+def test_gguf(tied, dtype, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    folder = tiny_model(tmp_path / "m", tied=tied)
+    written = export(folder, tmp_path / "out", format="gguf", dtype=dtype, verify=True, say=lambda line: None)
+    assert written.difference <= written.limit
+    reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    expected = tiny_weights(tied=tied)
+    assert len(tensors) == len(expected) and ("output.weight" in tensors) == (not tied)
+    query = gguf.dequantize(tensors["blk.0.attn_q.weight"].data, tensors["blk.0.attn_q.weight"].tensor_type)
+    weight = expected["model.layers.0.self_attn.q_proj.weight"]
+    if dtype == "q8_0":
+        assert np.abs(query - weight).max() <= np.abs(weight).max() / 127
+    else:
+        assert np.array_equal(query, tiny_weights(dtype=dtype, tied=tied)["model.layers.0.self_attn.q_proj.weight"])
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    assert len(tokens) == 416 and tokens[402] == "<|im_end|>" and tokens[415] == "[PAD415]"
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 402
+    assert reader.fields["qwen2.rope.freq_base"].contents() == 1e6
+
+
+def test_what_goes_wrong_is_found_by_verify(adapter, tmp_path, monkeypatch):
+    import finetune.export.export as module
+
+    write = module.write_hf
+
+    def spoiled(facts, weights, folder, **keywords):
+        write(facts, weights, folder, **keywords)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.norm.weight"] += np.float32(0.01)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(module, "write_hf", spoiled)
+    with pytest.raises(FinetuneError, match="largest logit difference"):
+        export(adapter[0], tmp_path / "out", verify=True, say=lambda line: None)
+
+
+def test_refusals(tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ArgumentError, match="whole model"):
+        export(tiny_folder, out, format="peft")
+    with pytest.raises(ArgumentError, match="--format"):
+        export(tiny_folder, out, format="onnx")
+    with pytest.raises(ArgumentError, match="--dtype"):
+        export(tiny_folder, out, dtype="q8_0")
+    with pytest.raises(ArgumentError, match="--dtype"):
+        export(tiny_folder, out, dtype="int4")
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="not empty"):
+        export(tiny_folder, out)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    with pytest.raises(CheckpointError, match="not empty"):
+        export(tiny_folder, tiny_folder)
+
+
+def test_the_source_folder_is_not_touched(adapter, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in adapter[0].iterdir()}
+    export(adapter[0], tmp_path / "out", verify=True, say=lambda line: None)
+    assert {path: path.stat().st_mtime_ns for path in adapter[0].iterdir()} == before
+
+
+def test_the_base_of_an_exported_adapter_is_an_absolute_folder(adapter, tiny_folder, tmp_path):
+    export(adapter[0], tmp_path / "out", format="peft", say=lambda line: None)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_folder.resolve())
+
+
+def test_without_verify_no_paddle_is_loaded(adapter, tmp_path):
+    code = (
+        "import sys; from finetune.export.export import export;"
+        f"export({str(adapter[0])!r}, {str(tmp_path / 'out')!r}); assert 'paddle' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
+    assert done.stdout.startswith("Wrote ")

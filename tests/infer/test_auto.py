@@ -1,0 +1,128 @@
+"""The quickstart's interface. Equality with transformers is in tests/parity/test_generate_parity.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from finetune import AutoModelForCausalLM, AutoTokenizer
+from finetune.errors import ArgumentError
+
+
+@pytest.fixture(scope="module")
+def model(tiny_untied_folder):
+    return AutoModelForCausalLM.from_pretrained(tiny_untied_folder, dtype="auto")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_untied_folder):
+    return AutoTokenizer.from_pretrained(tiny_untied_folder)
+
+
+def test_the_quickstart_as_printed(model, tokenizer):
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "Give me a short introduction to large language model."},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    model_inputs = tokenizer([text], return_tensors="pd")
+    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=32)
+    generated_ids = [
+        output_ids[len(input_ids) :] for input_ids, output_ids in zip(model_inputs.input_ids, generated_ids)
+    ]
+    response = tokenizer.batch_decode(generated_ids, skip_special_tokens=True)[0]
+    assert isinstance(response, str) and len(generated_ids[0]) <= 32
+
+
+def test_paddlenlps_own_generate_agrees(model, tokenizer):
+    inputs = tokenizer(["What is the sum of 12 and 30?"], return_tensors="pd")
+    ours = model.generate(**inputs, max_new_tokens=24, eos_token_id=[])
+    theirs = model.paddle_generate(**inputs, max_new_tokens=24, decode_strategy="greedy_search", eos_token_id=-1)[0]
+    assert ours[0, inputs.input_ids.shape[1] :].tolist() == theirs[0].tolist()
+
+
+def test_padding_is_masked_and_answers_are_padded(model, tokenizer):
+    texts = ["a", "What is the sum of 12 and 30?"]
+    inputs = tokenizer(texts, return_tensors="pd", padding=True)
+    width = inputs.input_ids.shape[1]
+    alone = [model.generate(**tokenizer([text], return_tensors="pd"), max_new_tokens=9, eos_token_id=[]) for text in texts]
+    tails = [row[0, -9:].tolist() for row in alone]
+    end = tails[0][3]
+    rows = model.generate(**inputs, max_new_tokens=9, eos_token_id=end, pad_token_id=400)
+    assert rows[:, :width].tolist() == inputs.input_ids.tolist()
+    for row, tail in zip(rows[:, width:].tolist(), tails):
+        kept = tail[: tail.index(end) + 1] if end in tail else tail
+        assert row == kept + [400] * (len(row) - len(kept))
+
+
+def test_without_a_mask_padding_is_inferred_only_when_it_is_no_end_token(model):
+    padded = np.array([[400, 400, 65, 66, 67]])
+    plain = model.generate([[65, 66, 67]], max_new_tokens=6, eos_token_id=402)[0, 3:].tolist()
+    inferred = model.generate(padded, max_new_tokens=6, eos_token_id=402, pad_token_id=400)[0, 5:].tolist()
+    attended = model.generate(padded, max_new_tokens=6, eos_token_id=[402, 400], pad_token_id=400)[0, 5:].tolist()
+    assert inferred == plain != attended
+
+
+def test_draws_are_repeatable_by_seed_and_by_paddle_seed(model):
+    import paddle
+
+    draw = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "eos_token_id": []}
+    first, second = (model.generate([[65, 66]], seed=3, **draw).tolist() for _ in range(2))
+    assert first == second
+    again = []
+    for _ in range(2):
+        paddle.seed(7)
+        again.append(model.generate([[65, 66]], num_return_sequences=2, **draw).tolist())
+    assert again[0] == again[1] and again[0][0] != again[0][1]
+
+
+def test_generation_config_gives_the_defaults(tiny_untied_folder, tmp_path):
+    folder = shutil.copytree(tiny_untied_folder, tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 0.01, "repetition_penalty": 1.3, "max_new_tokens": 5, "eos_token_id": 402}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    greedy = model.generate([[65, 66]], do_sample=False).tolist()
+    assert len(greedy[0]) == 7
+    assert model.generate([[65, 66]]).tolist() == greedy
+    assert model.generate([[65, 66]], do_sample=False, max_new_tokens=9).shape == [1, 11]
+
+
+def test_lengths_as_in_transformers(model):
+    assert model.generate([[65, 66]], eos_token_id=[]).shape == [1, 22]
+    assert model.generate([[65, 66]], max_length=5, eos_token_id=[]).shape == [1, 5]
+    with pytest.raises(ArgumentError, match="max_length"):
+        model.generate([[65, 66]], max_length=2)
+
+
+def test_stop_strings(model, tokenizer):
+    inputs = tokenizer(["What is"], return_tensors="pd")
+    width = inputs.input_ids.shape[1]
+    whole = model.generate(**inputs, max_new_tokens=12, eos_token_id=[])[0, width:]
+    stop = tokenizer.decode(whole)[3:5]
+    rows = model.generate(**inputs, max_new_tokens=12, eos_token_id=[], stop_strings=stop, tokenizer=tokenizer)
+    assert rows.shape[1] < width + 12
+    with pytest.raises(ArgumentError, match="tokenizer"):
+        model.generate(**inputs, stop_strings="x")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"num_beams": 4}, "num_beams"), ({"max_tokens": 4}, "max_tokens"), ({"attention_mask": [[1, 1, 1]]}, "shape")],
+)
+def test_what_is_not_supported_is_refused(model, settings, words):
+    with pytest.raises(ArgumentError, match=words):
+        model.generate([[65, 66]], **settings)
+
+
+def test_import_finetune_is_light():
+    code = "import sys, finetune; sys.exit('paddle' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    with pytest.raises(AttributeError, match="nonsense"):
+        import finetune
+
+        finetune.nonsense  # noqa: B018

@@ -1,0 +1,108 @@
+"""The terminal chat, driven through a pipe."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from finetune.errors import DataError
+from finetune.infer.chat import Talk, chat
+from finetune.infer.open import open_model
+from finetune.infer.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_untied_folder):
+    return open_model(str(tiny_untied_folder))
+
+
+@pytest.fixture
+def talk(opened, monkeypatch, capsys):
+    """Feed lines to the chat; returns what went to stdout and stderr."""
+    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model: opened)
+
+    def run(*lines: str, **settings):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        chat("tiny", max_new_tokens=8, **settings)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_answers_go_to_stdout_and_the_rest_to_stderr(talk):
+    said = talk("Hello", "/nonsense", "/exit", "not read")
+    assert said.out.count("\n") >= 1
+    assert "/nonsense" in said.err and "/nonsense" not in said.out
+
+
+def test_save_appends_training_rows(talk, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    talk("One", "Two", f"/save {path}", "/reset", "Three", f"/save {path}", "/undo", f"/save {path}", system="Be kind.")
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    assert [[message["role"] for message in row] for row in rows] == [
+        ["system", "user", "assistant", "user", "assistant"],
+        ["system", "user", "assistant"],
+    ]
+    assert rows[0][0]["content"] == "Be kind."
+    from finetune.chat.formats import parse_row
+
+    assert len(parse_row({"messages": rows[0]}, "auto", "f:1").messages) == 5
+
+
+def test_undo_and_system(talk, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    talk("One", "/system New one.", "Two", "Three", "/undo", f"/save {path}", "/system", "Four", f"/save {path}")
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    assert [message["content"] for message in rows[0] if message["role"] != "assistant"] == ["New one.", "Two"]
+    assert [message["content"] for message in rows[1] if message["role"] != "assistant"] == ["Four"]
+
+
+def test_retry_with_a_seed_draws_again_but_repeatably(talk):
+    first = talk("Hello", "/retry", temperature=1.5, seed=1).out
+    assert talk("Hello", "/retry", temperature=1.5, seed=1).out == first
+    answer, again = talk("Hello", temperature=1.5, seed=1).out, first
+    assert again.startswith(answer.rstrip("\n")) and again != answer * 2
+
+
+def test_what_cannot_be_done_is_said(talk):
+    said = talk("/undo", "/retry", "/save", "/save x.jsonl", "/help")
+    assert said.out == ""
+    for words in ("nothing to take back", "nothing to answer again", "Name a file", "no answer to save", "/retry  "):
+        assert words in said.err
+
+
+def test_oldest_turns_make_room_and_the_system_message_stays(opened):
+    turns = [
+        message
+        for i in range(40)
+        for message in ({"role": "user", "content": f"q{i} word"}, {"role": "assistant", "content": f"a{i} word"})
+    ]
+    talk = Talk(opened, Sampling(max_new_tokens=64), [{"role": "system", "content": "Sys."}, *turns[:-1]])
+    ids, dropped = talk.prompt()
+    text = opened.tokenizer.decode(ids)
+    assert len(ids) <= 512 - 64 and dropped > 0
+    assert "Sys." in text and "q39" in text and "q0 " not in text
+    assert f"q{dropped} " in text and f"q{dropped - 1} " not in text
+    with pytest.raises(DataError, match="too long"):
+        Talk(opened, Sampling(max_new_tokens=64), [{"role": "user", "content": "word " * 600}]).prompt()
+
+
+def test_a_message_that_does_not_fit_is_taken_back(talk, tmp_path):
+    said = talk("word " * 600, "Hello", f"/save {tmp_path / 't.jsonl'}")
+    assert "too long" in said.err
+    assert len(json.loads((tmp_path / "t.jsonl").read_text())["messages"]) == 2
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, tmp_path, monkeypatch):
+    from finetune.infer.engine import Delta, Engine
+
+    def interrupted(self, prompt, sampling):
+        yield Delta("Half an")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "stream", interrupted)
+    said = talk("Hello", f"/save {tmp_path / 't.jsonl'}")
+    assert said.out == "Half an\n" and "stopped" in said.err
+    assert json.loads((tmp_path / "t.jsonl").read_text())["messages"][1]["content"] == "Half an"

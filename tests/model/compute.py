@@ -1,0 +1,29 @@
+"""Logits of a loaded model, for comparisons."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def prompts(vocab_size: int = 416, rows: int = 3, length: int = 24, seed: int = 7) -> np.ndarray:
+    """Token ids int64 [rows, length] over the whole vocabulary."""
+    return np.random.default_rng(seed).integers(0, vocab_size, (rows, length))
+
+
+def logits(model, ids: np.ndarray | None = None) -> np.ndarray:
+    """float32 [rows, length, vocabulary]."""
+    import paddle
+
+    with paddle.no_grad():
+        output = model(paddle.to_tensor(prompts() if ids is None else ids))
+    return (output[0] if isinstance(output, tuple) else output).astype("float32").numpy()
+
+
+def shake(model, seed: int = 3, size: float = 0.05) -> None:
+    """Give every B of an adapter something to do."""
+    from finetune.model.load import as_numpy, set_parameter
+    from finetune.model.lora import lora_layers
+
+    random = np.random.default_rng(seed)
+    for layer in lora_layers(model).values():
+        set_parameter(layer.lora_B, as_numpy(layer.lora_B) + size * random.standard_normal(layer.lora_B.shape))

@@ -1,0 +1,111 @@
+"""Answers by transformers' `generate`, and scores by its logits processors. Runs in the reference environment only.
+
+    python ref_generate.py JOBS.json ANSWERS.json
+
+JOBS.json holds a list of jobs, ANSWERS.json gets their answers in order. A job has `model` (folder) and any of
+    greedy   {prompts: lists of ids, batch_sizes, max_new_tokens}: left-padded, with a mask, no end token
+    calls    keyword arguments of single `generate` calls, `input_ids` (and `attention_mask`) as lists
+    filters  {logits: [B, V] lists, settings: lists of sampling settings}: probabilities after the processors
+    speed    {prompt_tokens, new_tokens, batch_sizes}: seconds of a greedy answer
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+PAD = 400
+
+
+def greedy(model, job: dict) -> dict[str, list[list[int]]]:
+    """New tokens of every prompt, for each batch size."""
+    settings = GenerationConfig(do_sample=False, max_new_tokens=job["max_new_tokens"], pad_token_id=PAD)
+    model.generation_config.eos_token_id = None
+    answers: dict[str, list[list[int]]] = {}
+    for size in job["batch_sizes"]:
+        rows = answers[str(size)] = []
+        for start in range(0, len(job["prompts"]), size):
+            prompts = job["prompts"][start : start + size]
+            width = max(map(len, prompts))
+            ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+            rows += model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+    return answers
+
+
+def call(model, arguments: dict) -> list[list[int]]:
+    """The whole sequences of one `generate` call."""
+    tensors = {name: torch.tensor(arguments.pop(name)) for name in ("input_ids", "attention_mask") if name in arguments}
+    return model.generate(**tensors, **arguments).tolist()
+
+
+def filtered(logits: torch.Tensor, prompt: list[int], settings: dict) -> list[list[float]]:
+    """Probabilities after transformers' processors, in the order `generate` applies them."""
+    processors = LogitsProcessorList()
+    if settings.get("repetition_penalty", 1.0) != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings["repetition_penalty"]))
+    if settings.get("temperature", 1.0) != 1.0:
+        processors.append(TemperatureLogitsWarper(settings["temperature"]))
+    if settings.get("top_k", 0):
+        processors.append(TopKLogitsWarper(settings["top_k"]))
+    if settings.get("top_p", 1.0) < 1.0:
+        processors.append(TopPLogitsWarper(settings["top_p"]))
+    if settings.get("min_p", 0.0):
+        processors.append(MinPLogitsWarper(settings["min_p"]))
+    ids = torch.tensor([prompt] * len(logits))
+    return torch.softmax(processors(ids, logits.clone()), dim=-1).tolist()
+
+
+def speed(model, job: dict) -> dict[str, float]:
+    """Seconds per greedy answer, the best of two, by batch size."""
+    torch.set_num_threads(os.cpu_count())
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"], pad_token_id=PAD
+    )
+    seconds = {}
+    for size in job["batch_sizes"]:
+        ids = torch.randint(0, 1000, (size, job["prompt_tokens"]))
+        runs = []
+        for _ in range(2):
+            start = time.perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            runs.append(time.perf_counter() - start)
+        seconds[str(size)] = min(runs)
+    return seconds
+
+
+def answer(job: dict) -> dict:
+    """All that one job asks for."""
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    found: dict = {}
+    if "calls" in job:
+        found["calls"] = [call(model, arguments) for arguments in job["calls"]]
+    if "filters" in job:
+        logits, prompt = torch.tensor(job["filters"]["logits"]), job["filters"]["prompt"]
+        found["filters"] = [filtered(logits, prompt, settings) for settings in job["filters"]["settings"]]
+    if "greedy" in job:
+        found["greedy"] = greedy(model, job["greedy"])
+    if "speed" in job:
+        found["speed"] = speed(model, job["speed"])
+    return found
+
+
+if __name__ == "__main__":
+    jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    with torch.no_grad():
+        answers = [answer(job) for job in jobs]
+    Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")

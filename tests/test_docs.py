@@ -1,0 +1,118 @@
+"""The documentation says what the code does: docs/recipe.md is held against the schema, key by key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import annotated_types
+import pytest
+import yaml
+from pydantic.fields import FieldInfo
+
+from finetune.recipe import schema
+from finetune.recipe.load import load_recipe
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+SECTIONS = {
+    "top": schema.Recipe,
+    "model": schema.ModelSection,
+    "lora": schema.LoraSection,
+    "data": schema.DataSection,
+    "data.train and data.eval": schema.Source,
+    "training": schema.TrainingSection,
+    "dpo": schema.DpoSection,
+    "distributed": schema.DistributedSection,
+}
+
+
+def values_of(field: FieldInfo) -> str:
+    """Write what a key takes, as the tables of docs/recipe.md do."""
+    kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
+    if get_origin(field.annotation) is Literal or not _is_union(field.annotation):
+        kinds = [field.annotation]
+    return " or ".join(_kind(kind, list(field.metadata)) for kind in kinds)
+
+
+def default_of(field: FieldInfo) -> str:
+    """Write a key's default, as the tables do: a dash for none."""
+    if field.is_required():
+        return "required"
+    if field.default is None:
+        return "-"
+    if isinstance(field.default, (str, bool, int, float, list)):
+        return f"`{yaml.safe_dump(field.default, default_flow_style=True).splitlines()[0]}`"
+    return "-"
+
+
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) is Union or type(kind).__name__ == "UnionType"
+
+
+def _kind(kind: Any, metadata: list[Any]) -> str:
+    if hasattr(kind, "__metadata__"):
+        inner = kind.__metadata__
+        for item in inner:
+            metadata = metadata + (item.metadata if isinstance(item, FieldInfo) else [item])
+        kind = kind.__origin__
+    if _is_union(kind):
+        return " or ".join(_kind(one, metadata) for one in get_args(kind) if one is not type(None))
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{yaml.safe_dump(value).splitlines()[0]}`" for value in get_args(kind))
+    if kind is bool:
+        return "`true`, `false`"
+    if kind in (int, float):
+        return f"{'whole number' if kind is int else 'number'}{_bounds(metadata)}"
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        return "list of sources" if item is schema.Source else "list of names"
+    return "text" if kind is str else "section"
+
+
+def _bounds(metadata: list[Any]) -> str:
+    words = {
+        annotated_types.Ge: "from",
+        annotated_types.Gt: "above",
+        annotated_types.Le: "to",
+        annotated_types.Lt: "to below",
+    }
+    parts = []
+    for bound in metadata:
+        for kind, word in words.items():
+            if isinstance(bound, kind):
+                value = getattr(bound, kind.__name__.lower())
+                if abs(value) < 1_000_000:
+                    parts.append(f"{word} {value:,.10g}")
+    return f" {' '.join(parts)}" if parts else ""
+
+
+def tables() -> dict[str, dict[str, tuple[str, str]]]:
+    """Read docs/recipe.md as {section: {key: (default, values)}}."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    section = ""
+    for line in (DOCS / "recipe.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = line[3:].replace("`", "")
+        row = re.match(r"\| `([a-z_0-9]+)` \| (.*?) \| (.*?) \| ", line)
+        if row:
+            found.setdefault(section, {})[row[1]] = (row[2], row[3])
+    return found
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_the_recipe_reference_is_in_step_with_the_schema(section):
+    expected = {name: (default_of(f), values_of(f)) for name, f in SECTIONS[section].model_fields.items()}
+    assert tables()[section] == expected
+
+
+def test_the_recipe_reference_has_no_other_tables():
+    assert set(tables()) == set(SECTIONS)
+
+
+def test_the_example_of_the_recipe_reference_is_valid(tmp_path):
+    example = re.search(r"```yaml\n(.*?)```", (DOCS / "recipe.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    (tmp_path / "example.yaml").write_text(example, encoding="utf-8")
+    recipe = load_recipe(tmp_path / "example.yaml")
+    assert recipe.lora is not None and recipe.method == "sft"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import io
 import os
 import re
-import statistics
+import resource
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -60,6 +59,12 @@ def process(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=60, **options)
 
 
+def child_seconds() -> float:
+    """Processor time of ended child processes: what they take on a machine that is doing nothing else."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_and_version(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
@@ -77,12 +82,10 @@ def test_every_command_has_help_with_an_example(run, command):
 
 
 def test_help_takes_under_half_a_second():
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
+    start = child_seconds()
+    for _ in range(3):
         assert process("--help").returncode == 0
-        seconds.append(time.perf_counter() - start)
-    assert statistics.median(seconds) < 0.5
+    assert (child_seconds() - start) / 3 < 0.5
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_light_paths_load_no_paddle_and_are_quick(tmp_path, arguments, code):
         "finally: print('LOADED', [name for name in sys.modules if name.split('.')[0] in "
         f"{heavy!r}])"
     )
-    start = time.perf_counter()
+    start = child_seconds()
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -114,7 +117,7 @@ def test_light_paths_load_no_paddle_and_are_quick(tmp_path, arguments, code):
         timeout=60,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert time.perf_counter() - start < 2  # the budget is 1 s; twice that for a busy machine
+    assert child_seconds() - start < 1
     assert done.returncode == code, done.stderr
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
@@ -234,7 +237,8 @@ def _raise(error):
         (
             RuntimeError("boom\nmore"),
             1,
-            "error: this is a fault of the program, not of your input (RuntimeError: boom). Add --debug to see where.\n",
+            "error: this is a fault of the program, not of your input (RuntimeError: boom)."
+            " Add --debug to see where.\n",
         ),
         (MemoryError(), 1, "error: out of memory. Lower data.max_length or the batch size.\n"),
         (KeyboardInterrupt(), 130, ""),

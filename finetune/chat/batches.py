@@ -1,4 +1,7 @@
-"""Which rows make up each optimizer step, and rows to padded arrays. Pure functions: a step number is enough to resume."""
+"""Which rows make up each optimizer step, and rows to padded arrays.
+
+Pure functions: a step number is enough to resume.
+"""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class PairDataset(_Selectable):
     @classmethod
     def joined(cls, parts: Sequence["PairDataset"]) -> "PairDataset":
         """All pairs of freshly made datasets, one after the other."""
-        chosen, rejected, prompts, headers = zip(*(part._parts for part in parts)) if parts else ((),) * 4
+        chosen, rejected, prompts, headers = zip(*(part._parts for part in parts), strict=True) if parts else ((),) * 4
         return cls(_Rows.joined(chosen), _Rows.joined(rejected), _joined(prompts, np.int64), _joined(headers, np.int64))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> "PairDataset":
@@ -171,9 +171,7 @@ class PairDataset(_Selectable):
     def _row(self, place: int) -> PairExample:
         chosen, rejected, prompts, headers = self._parts
         better, worse = chosen[place], rejected[place]
-        return PairExample(
-            better.input_ids[: prompts[place]], better, worse, int(headers[place]), better.source
-        )
+        return PairExample(better.input_ids[: prompts[place]], better, worse, int(headers[place]), better.source)
 
 
 def _joined(arrays: Sequence[np.ndarray], dtype) -> np.ndarray:
@@ -195,7 +193,9 @@ def split_dataset(dataset: Rows, fraction: float, seed: int) -> tuple[Rows, Rows
     if fraction == 0:
         return dataset, dataset.select([])
     if len(dataset) < 2:
-        raise DataError(f"{len(dataset)} row cannot be split", where="data.eval_fraction", fix="Give data.eval instead.")
+        raise DataError(
+            f"{len(dataset)} row cannot be split", where="data.eval_fraction", fix="Give data.eval instead."
+        )
     count = min(max(1, round(len(dataset) * fraction)), len(dataset) - 1)
     aside = np.zeros(len(dataset), dtype=np.bool_)
     aside[np.random.Generator(np.random.PCG64([seed, len(dataset)])).permutation(len(dataset))[:count]] = True

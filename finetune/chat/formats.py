@@ -124,8 +124,10 @@ def _openai_message(row: _Row, message: Any, key: str) -> dict:
     if not isinstance(message, dict):
         row.fail(key, f"found {_kind(message)}", 'A message is an object with "role" and "content".')
     if "role" not in message:
-        fix = 'Rows with "from" and "value" are sharegpt: put them under "conversations".' if "from" in message else (
-            'A message has "role" and "content".'
+        fix = (
+            'Rows with "from" and "value" are sharegpt: put them under "conversations".'
+            if "from" in message
+            else ('A message has "role" and "content".')
         )
         row.fail(f"{key}.role", f"the key is missing; the message has {_keys(message)}", fix)
     role = _known_role(row, message["role"], ROLES, f"{key}.role")
@@ -250,8 +252,10 @@ def _sharegpt_message(row: _Row, turn: Any, key: str) -> dict:
         row.fail(key, f"found {_kind(turn)}", 'A turn is an object with "from" and "value".')
     for name in ("from", "value"):
         if name not in turn:
-            fix = 'Rows with "role" and "content" go under "messages".' if "role" in turn else (
-                'A turn has "from" and "value".'
+            fix = (
+                'Rows with "role" and "content" go under "messages".'
+                if "role" in turn
+                else ('A turn has "from" and "value".')
             )
             row.fail(f"{key}.{name}", f"the key is missing; the turn has {_keys(turn)}", fix)
     role = _known_role(row, turn["from"], tuple(_SHAREGPT_ROLES), f"{key}.from")
@@ -300,7 +304,9 @@ def _parse_preference(row: _Row) -> Preference:
         key = "chosen"
     if prompt[-1]["role"] not in ("user", "tool"):
         row.fail(
-            key, f"the prompt ends with a message of role {prompt[-1]['role']}", "It must end with a user or tool message."
+            key,
+            f"the prompt ends with a message of role {prompt[-1]['role']}",
+            "It must end with a user or tool message.",
         )
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[0]["role"] != "assistant":

@@ -20,6 +20,7 @@ from finetune.errors import CheckpointError, DataError
 IGNORE = -100
 TRAIN_ON = ("responses", "last_response", "all")
 Span = tuple[int, int]
+_MARKS = [chr(code) for code in range(0xF8C0, 0xF8D0)]  # private use: no meaning, neither space nor letter
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def render_conversation(tokenizer: Tokenizer, conversation: Conversation, train_
         return Rendered(view.text, _without((0, len(view.text)), kept_out), conversation.source)
     wanted = answers if train_on == "responses" else answers[-1:]
     chosen = [i for i in answers if flags[i] or (flags[i] is None and i in wanted)]
-    return Rendered(view.text, [view.response(i) for i in chosen], conversation.source)
+    return Rendered(view.text, view.responses(chosen), conversation.source)
 
 
 class _View:
@@ -112,6 +113,42 @@ class _View:
                 where=source,
                 fix="Write the character itself, or both halves of its \\u escape.",
             ) from error
+
+    def responses(self, indices: list[int]) -> list[Span]:
+        """Characters of these assistant messages, in order."""
+        found = self._by_marks(indices) if len(indices) > 1 else None
+        return found or [self.response(index) for index in indices]
+
+    def _by_marks(self, indices: list[int]) -> list[Span] | None:
+        """The same in one further rendering, where prefixes would take time that grows with the square of the turns.
+
+        The first response is found by prefixes. Contents are then rendered between two marks; this counts only if the
+        text without marks is the text itself, and every content stands between the same header and end-of-turn token
+        as the first. Otherwise (tool calls, empty or trimmed contents) None.
+        """
+        first = self.response(indices[0])
+        header = self.text[self.header_start(indices[0]) : first[0]] if indices[0] else ""
+        end_token = next((t for t in self.tokenizer.special_texts if self.text.endswith(t, *first)), None)
+        contents = [self.messages[i].get("content") for i in indices if not self.messages[i].get("tool_calls")]
+        if not header or end_token is None or len(contents) < len(indices) or None in contents:
+            return None
+        marks = [mark for mark in _MARKS if mark not in self.text][:2]
+        if len(marks) < 2:
+            return None
+        messages = list(self.messages)
+        for index in indices:
+            messages[index] = {**messages[index], "content": f"{marks[0]}{messages[index]['content']}{marks[1]}"}
+        try:
+            marked = self.tokenizer.render(messages, self.tools)
+        except TemplateFault:
+            return None
+        spans = [
+            (start, end + len(end_token))
+            for start, end in _between(marked, *marks)
+            if self.text.endswith(header, 0, start) and self.text.startswith(end_token, end)
+        ]
+        same_text = marked.translate(dict.fromkeys(map(ord, marks))) == self.text
+        return spans if same_text and len(spans) == len(indices) and spans[0] == first else None
 
     def response(self, index: int) -> Span:
         """Characters of an assistant message: after its header, through its end-of-turn token."""
@@ -183,6 +220,18 @@ class _View:
 
     def _fault(self, what: str, fix: str | None = None) -> DataError:
         return DataError(what, where=self.source, fix=fix)
+
+
+def _between(marked: str, before: str, after: str) -> list[Span]:
+    """What stands between the marks, as places in the text without them; nothing where marks do not come in pairs."""
+    head, *parts = marked.split(before)
+    spans, at = [], len(head)
+    for part in parts:
+        if part.count(after) != 1:
+            return []
+        spans.append((at, at + part.index(after)))
+        at += len(part) - 1
+    return spans
 
 
 def _shown(tokenizer: Tokenizer, conversation: Conversation) -> list[dict]:
@@ -296,7 +345,7 @@ def render_preference(tokenizer: Tokenizer, preference: Preference) -> RenderedP
             for i in range(first, len(whole.messages))
             if whole.messages[i]["role"] == "assistant" and whole.messages[i].get("train") is not False
         ]
-        sides.append(Rendered(view.text, [view.response(i) for i in wanted], preference.source))
+        sides.append(Rendered(view.text, view.responses(wanted), preference.source))
     return RenderedPair(sides[0], sides[1], header)
 
 

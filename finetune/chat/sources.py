@@ -269,7 +269,9 @@ def _decoded(content: bytes, file: DataFile) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"byte 0x{content[error.start]:02x} is not UTF-8", where=f"{file.name}, line {line}", fix="Save it as UTF-8."
+            f"byte 0x{content[error.start]:02x} is not UTF-8",
+            where=f"{file.name}, line {line}",
+            fix="Save it as UTF-8.",
         ) from error
 
 

@@ -20,7 +20,7 @@ _REQUIRED = {"path": "-", "train": [{"path": "-"}]}
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault at a key. `missing` says that the key is not there, so that its section's line has to be named."""
+    """A fault at a key, which may be one that is not there."""
 
     path: Path
     what: str

@@ -61,7 +61,9 @@ class NamedAdamW:
     def step(self, learning_rate: float) -> None:
         """Apply the gradients held by the parameters, then drop them."""
         self._inner.set_lr(learning_rate)
-        self._inner.step()
+        # The state is made, and named, in the first step; a counter of the process would be part of the names.
+        with paddle.utils.unique_name.guard():
+            self._inner.step()
         self._inner.clear_grad()
 
     def state(self) -> dict[str, np.ndarray]:
@@ -71,11 +73,7 @@ class NamedAdamW:
         out: dict[str, np.ndarray] = {}
         for name, parameter in self.parameters.items():
             for slot in _SLOTS:
-                value = inner.get(f"{parameter.name}_{slot}_0")
-                if value is None:
-                    value = inner.get(f"{parameter.name}_fp32_master_0_{slot}_0")
-                if value is not None:
-                    out[f"{name}/{slot}"] = value.numpy()
+                out[f"{name}/{slot}"] = inner[_state_key(parameter, slot)].numpy()
             if parameter.name in masters:
                 out[f"{name}/{_MASTER}"] = masters[parameter.name].numpy()
         return out
@@ -101,11 +99,16 @@ class NamedAdamW:
             if slot == _MASTER:
                 masters[parameter.name] = paddle.to_tensor(value)
                 continue
-            prefix = parameter.name if parameter.dtype == paddle.float32 else f"{parameter.name}_fp32_master_0"
-            inner[f"{prefix}_{slot}_0"] = paddle.to_tensor(value)
+            inner[_state_key(parameter, slot)] = paddle.to_tensor(value)
         if masters:
             inner["master_weights"] = masters
         self._inner.set_state_dict(inner)
+
+
+def _state_key(parameter: paddle.Tensor, slot: str) -> str:
+    """Paddle's name of a parameter's state; of its float32 master where the parameter is of half precision."""
+    prefix = parameter.name if parameter.dtype == paddle.float32 else f"{parameter.name}_fp32_master_0"
+    return f"{prefix}_{slot}_0"
 
 
 def clip_gradients(parameters: dict[str, paddle.Tensor], max_norm: float) -> float:

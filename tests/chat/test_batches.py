@@ -134,7 +134,9 @@ def test_plan_invariants(n, batch, accumulation, world, steps, start):
     # Ranks and accumulation share out the rows of a step, but do not change which they are.
     alone = list(plan(world=1, batch=batch * accumulation * world, accumulation=1).steps())
     for i in range(steps):
-        assert sorted(int(x) for rank in ranks for b in rank[i].batches for x in b) == sorted(alone[i].batches[0].tolist())
+        assert sorted(int(x) for rank in ranks for b in rank[i].batches for x in b) == sorted(
+            alone[i].batches[0].tolist()
+        )
     # Resuming is a matter of the step number.
     rest = [[b.tolist() for b in step.batches] for step in plan().steps(start)]
     assert rest == [[b.tolist() for b in step.batches] for step in ranks[0][start:]]

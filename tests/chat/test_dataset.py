@@ -31,7 +31,9 @@ def build(tokenizer, *sources: From | str, method: str = "sft", progress=None, l
     return build_dataset(given, tokenizer, data=Settings(**data), method=method, progress=progress, limit=limit)
 
 
-BARE = len("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n") - (
+BARE = len(
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+) - (
     # special tokens count once
     3 * (len("<|im_start|>") - 1) + 2 * (len("<|im_end|>") - 1)
 )
@@ -75,7 +77,9 @@ def test_many_rows_cross_the_batch_border(tokenizer, write):
     rows = [chat("q", f"answer {i}") for i in range(2500)]
     dataset, report = build(tokenizer, write("a.jsonl", lines(*rows)))
     assert report.kept == len(dataset) == 2500
-    assert [marked(tokenizer, dataset[i]).endswith(f"⟦answer {i}<|im_end|>⟧\n") for i in (0, 1023, 1024, 2499)] == [True] * 4
+    assert [marked(tokenizer, dataset[i]).endswith(f"⟦answer {i}<|im_end|>⟧\n") for i in (0, 1023, 1024, 2499)] == [
+        True
+    ] * 4
 
 
 def test_samples_take_the_first_rows_over_files(tokenizer, write, tmp_path):
@@ -160,14 +164,19 @@ def test_faults_of_all_sources_at_once(tokenizer, write):
     with pytest.raises(DataError) as caught:
         build(tokenizer, first, second)
     text = str(caught.value).split("\n")
-    assert [place in line for place, line in zip(("a.jsonl:2", "a.jsonl:3", "b.jsonl:1"), text, strict=True)] == [True] * 3
+    assert [place in line for place, line in zip(("a.jsonl:2", "a.jsonl:3", "b.jsonl:1"), text, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_missing_files_do_not_hide_other_faults(tokenizer, write):
     path = write("a.jsonl", "[]\n")
     with pytest.raises(DataError) as caught:
         build(tokenizer, path + "x", path)
-    assert [place in line for place, line in zip(("there is no file", "a.jsonl:1"), str(caught.value).split("\n"))] == [True] * 2
+    assert [
+        place in line
+        for place, line in zip(("there is no file", "a.jsonl:1"), str(caught.value).split("\n"), strict=True)
+    ] == [True] * 2
 
 
 def test_ten_faults_and_the_total(tokenizer, write):
@@ -178,7 +187,12 @@ def test_ten_faults_and_the_total(tokenizer, write):
 
 
 def test_faults_found_while_rendering(tokenizer, write):
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]},
+        ]
+    }
     with pytest.raises(DataError, match="a.jsonl:2: the row has tool_calls"):
         build(tokenizer, write("a.jsonl", lines(chat("q", "a"), row)))
 
@@ -197,9 +211,13 @@ def test_named_form_is_not_guessed(tokenizer, write):
 
 def test_form_and_method_must_fit(tokenizer, write):
     pairs, chats = write("p.jsonl", lines(pair())), write("c.jsonl", lines(chat("q", "a")))
-    with pytest.raises(DataError, match="p.jsonl:1: a preference row, but method sft trains on conversations. Use method: dpo"):
+    with pytest.raises(
+        DataError, match="p.jsonl:1: a preference row, but method sft trains on conversations. Use method: dpo"
+    ):
         build(tokenizer, pairs)
-    with pytest.raises(DataError, match="c.jsonl:1: a conversation row, but method dpo trains on preferences. Use method: sft"):
+    with pytest.raises(
+        DataError, match="c.jsonl:1: a conversation row, but method dpo trains on preferences. Use method: sft"
+    ):
         build(tokenizer, chats, method="dpo")
 
 

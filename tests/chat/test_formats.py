@@ -172,7 +172,11 @@ def wrong(index: int, **changes) -> dict:
         ({"conversations": SAID}, "key conversations[0].from", 'go under "messages"'),
         ({"conversations": turns(("gtp", "a"))}, "key conversations[0].from", "Did you mean 'gpt'?"),
         ({"conversations": turns(("human", None))}, "key conversations[0].value", "found null"),
-        ({"conversations": turns(("function_call", "f()"))}, "key conversations[0].value", "found 'f()', which is not JSON"),
+        (
+            {"conversations": turns(("function_call", "f()"))},
+            "key conversations[0].value",
+            "found 'f()', which is not JSON",
+        ),
         ({"conversations": turns(("function_call", "3"))}, "key conversations[0].value", "found a number (3)"),
         ({"conversations": turns(("system", "S")), "system": "S"}, "key system", "Keep one of the two"),
         ({"conversations": [{**QA[0], "train": True}]}, "conversations[0].train", "role user"),
@@ -194,7 +198,9 @@ def test_wrong_rows_name_row_key_and_fix(row, place, message):
     assert fault.fix
 
 
-@pytest.mark.parametrize("format, key", [("messages", "messages"), ("alpaca", "instruction"), ("sharegpt", "conversations")])
+@pytest.mark.parametrize(
+    "format, key", [("messages", "messages"), ("alpaca", "instruction"), ("sharegpt", "conversations")]
+)
 def test_named_format_wants_its_keys(format, key):
     with pytest.raises(DataError, match=f"key {key}: the key is missing; the row has text"):
         parse_row({"text": "x"}, format, "f:1")

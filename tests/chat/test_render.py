@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import strategies as st
 from finetune.chat.formats import parse_row
 from finetune.chat.messages import Conversation
 from finetune.chat.render import (
+    _MARKS,
     IGNORE,
+    _View,
     encode_conversation,
     encode_conversations,
     encode_preference,
@@ -52,7 +55,9 @@ def test_labels_are_the_ids_not_shifted(tokenizer):
     assert example.source == "f:1"
 
 
-TWO = "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n{}<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n{}"
+TWO = (
+    "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\n{}<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n{}"
+)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,8 @@ def test_tool_calls_are_responses_and_results_are_not(tooled):
     messages, tools = TOOLS["parallel calls with content"]
     text = shown(tooled, messages, tools=tools)
     assert (
-        '<|im_start|>assistant\n⟦I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rom"}}\n</tool_call>\n'
+        "<|im_start|>assistant\n⟦I look.\n"
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rom"}}\n</tool_call>\n'
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo", "n": 1.5}}\n</tool_call><|im_end|>⟧\n'
         "<|im_start|>user\n<tool_response>\n20\n</tool_response>\n<tool_response>\n-3\n\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n⟦\nDone<|im_end|>⟧\n"
@@ -165,7 +171,9 @@ def overlapping(tokenizer, rendered) -> list[bool]:
 
 @given(
     st.lists(
-        st.text(st.one_of(st.sampled_from("\n \u0301e😊\u00e9ab\u1161\u1112"), st.characters(exclude_categories=["Cs"]))),
+        st.text(
+            st.one_of(st.sampled_from("\n \u0301e😊\u00e9ab\u1161\u1112"), st.characters(exclude_categories=["Cs"]))
+        ),
         min_size=1,
         max_size=6,
     ),
@@ -179,9 +187,44 @@ def test_supervised_tokens_are_those_that_overlap_a_response(texts, train_on):
     assert (example.labels != IGNORE).tolist() == overlapping(tokenizer, rendered)
 
 
+def view_of(tokenizer, messages) -> _View:
+    return _View(tokenizer, messages, None, "f:1")
+
+
+@given(st.lists(st.text(st.sampled_from("a \n\uf8c0é")), min_size=4, max_size=9))
+@settings(max_examples=100, deadline=None)
+def test_marks_find_what_prefixes_find(texts):
+    tokenizer, messages = byte_tokenizer(), said(*texts)
+    answers = list(range(1, len(messages), 2))
+    by_prefixes = [view_of(tokenizer, messages).response(i) for i in answers]
+    assert view_of(tokenizer, messages)._by_marks(answers) == by_prefixes
+    assert view_of(tokenizer, messages).responses(answers) == by_prefixes
+
+
+def test_marks_give_up_where_content_is_not_shown_as_it_is(tokenizer, tooled):
+    trimming = byte_tokenizer(CHATML.replace("message['content']", "message['content'] | trim"))
+    assert view_of(trimming, said("q", " a ", "r", "b"))._by_marks([1, 3]) is None
+    assert shown(trimming, said("q", " a ", "r", "b")).count("⟦") == 2
+    thinking = byte_tokenizer(CHATML.replace("+ message['content']", "+ (message['content'] or 'nothing')"))
+    assert view_of(thinking, said("q", "a", "r", ""))._by_marks([1, 3]) is None
+    assert "⟦nothing<|im_end|>⟧" in shown(thinking, said("q", "a", "r", ""))
+    messages, _ = TOOLS["parallel calls with content"]
+    assert view_of(tooled, messages)._by_marks([1, 4, 6]) is None
+    every_mark = "".join(_MARKS)
+    assert view_of(tokenizer, said("q", every_mark, "r", "b"))._by_marks([1, 3]) is None
+
+
+def test_long_conversations_take_linear_time(tokenizer):
+    began = time.monotonic()
+    example = encode_conversation(tokenizer, conversation(said(*["x"] * 2000)))
+    assert example.num_supervised == 2000
+    assert time.monotonic() - began < 20  # half a second here; by prefixes alone it is more than half a minute
+
+
 def test_batches_equal_single_rows(tokenizer):
     rows = [conversation(messages) for messages in PLAIN.values()]
-    for single, batched in zip([encode_conversation(tokenizer, row) for row in rows], encode_conversations(tokenizer, rows)):
+    singles = [encode_conversation(tokenizer, row) for row in rows]
+    for single, batched in zip(singles, encode_conversations(tokenizer, rows), strict=True):
         assert single.input_ids.tolist() == batched.input_ids.tolist()
         assert single.labels.tolist() == batched.labels.tolist()
 
@@ -211,7 +254,9 @@ def test_template_that_rewrites_earlier_turns():
         "{{ m.content if loop.last else m.content | upper }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    with pytest.raises(DataError, match="f:1: the chat template writes the .* differently once others follow.*last_response"):
+    with pytest.raises(
+        DataError, match="f:1: the chat template writes the .* differently once others follow.*last_response"
+    ):
         encode_conversation(rewriting, conversation(said("q", "a", "q", "b")))
 
 
@@ -222,7 +267,9 @@ def test_template_without_generation_prompt():
 
 
 def test_template_without_header_or_end_token():
-    spaced = byte_tokenizer("{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content }}{% endfor %}")
+    spaced = byte_tokenizer(
+        "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content }}{% endfor %}"
+    )
     assert shown(spaced, said("q", " a ", "r", "b")) == "[q]⟦ a ⟧[r]⟦b⟧"
 
 

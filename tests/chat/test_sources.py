@@ -79,7 +79,7 @@ def test_csv_keeps_text(write):
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
 def test_parquet_and_arrow_lose_the_nulls_arrow_put_in(tmp_path, kind):
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pytest.importorskip("pyarrow.parquet")
 
     table = pyarrow.Table.from_pylist([{"messages": [CALL]}, {"messages": [OTHER]}])
     path = tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow")

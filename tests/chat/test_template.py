@@ -21,13 +21,17 @@ def test_whitespace_and_json_are_those_of_transformers():
 
 
 def test_loop_controls_generation_blocks_and_clock():
-    assert render("{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}") == "user"
+    assert (
+        render("{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}{{ m.role }}{% endfor %}")
+        == "user"
+    )
     assert render("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}") == "qa"
     assert render("{{ strftime_now('%Y') }}") == time.strftime("%Y")
 
 
 def test_loop_variables_survive_counting():
-    source = "{% for m in messages %}{{ loop.first }} {{ loop.last }} {{ loop.length }} {{ loop.previtem is defined }};{% endfor %}"
+    inner = "{{ loop.first }} {{ loop.last }} {{ loop.length }} {{ loop.previtem is defined }};"
+    source = "{% for m in messages %}" + inner + "{% endfor %}"
     assert render(source) == "True False 2 False;False True 2 True;"
     assert render("{% for k, v in {'a': 1}.items() %}{{ k ~ v ~ none }}{% else %}no{% endfor %}") == "a1None"
 

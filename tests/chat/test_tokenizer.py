@@ -112,9 +112,8 @@ def test_older_folders_added_tokens_and_special_map(folder):
 def test_padding_and_truncation_of_the_file_are_switched_off(folder):
     whole = json.loads((folder / "tokenizer.json").read_text())
     whole["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    whole["padding"] = {
-        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "!"
-    }  # fmt: skip
+    ids = {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+    whole["padding"] = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, **ids}
     (folder / "tokenizer.json").write_text(json.dumps(whole))
     assert len(Tokenizer.from_folder(folder).encode("abcd")) == 4
 

@@ -114,7 +114,8 @@ def run_reference(script: str, jobs: dict[str, dict], folder: Path) -> dict[str,
         job["output"] = str(folder / f"{name}.answer.json")
         files.append(folder / f"{name}.job.json")
         files[-1].write_text(json.dumps(job), encoding="utf-8")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": ""}
+    # One thread: the models are tiny, and waiting threads would only take turns with the other tests
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": ""}
     command = [REFERENCE_PYTHON, str(HERE / script), *map(str, files)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]

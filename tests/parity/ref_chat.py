@@ -90,7 +90,9 @@ def glaive(data, knows_tools: bool):
             if turn["from"] == "function_call" and knows_tools:
                 calls = json.loads(turn["value"])
                 calls = calls if isinstance(calls, list) else [calls]
-                messages.append({"role": "assistant", "tool_calls": [{"type": "function", "function": c} for c in calls]})
+                messages.append(
+                    {"role": "assistant", "tool_calls": [{"type": "function", "function": c} for c in calls]}
+                )
             else:
                 messages.append({"role": roles.get(turn["from"], "assistant"), "content": turn["value"]})
         tools = json.loads(row["tools"]) if row.get("tools") else None

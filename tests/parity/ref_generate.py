@@ -3,7 +3,7 @@
     python ref_generate.py JOBS.json ANSWERS.json
 
 JOBS.json holds a list of jobs, ANSWERS.json gets their answers in order. A job has `model` (folder) and any of
-    greedy   {prompts: lists of ids, batch_sizes, max_new_tokens}: left-padded, with a mask, no end token
+    greedy   {prompts: lists of ids, batch_size, max_new_tokens}: left-padded, with a mask, no end token
     calls    keyword arguments of single `generate` calls, `input_ids` (and `attention_mask`) as lists
     filters  {logits: [B, V] lists, settings: lists of sampling settings}: probabilities after the processors
     speed    {prompt_tokens, new_tokens, batch_sizes}: seconds of a greedy answer
@@ -31,19 +31,17 @@ from transformers.generation.logits_process import (
 PAD = 400
 
 
-def greedy(model, job: dict) -> dict[str, list[list[int]]]:
-    """New tokens of every prompt, for each batch size."""
+def greedy(model, job: dict) -> list[list[int]]:
+    """New tokens of every prompt."""
     settings = GenerationConfig(do_sample=False, max_new_tokens=job["max_new_tokens"], pad_token_id=PAD)
     model.generation_config.eos_token_id = None
-    answers: dict[str, list[list[int]]] = {}
-    for size in job["batch_sizes"]:
-        rows = answers[str(size)] = []
-        for start in range(0, len(job["prompts"]), size):
-            prompts = job["prompts"][start : start + size]
-            width = max(map(len, prompts))
-            ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-            rows += model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+    answers: list[list[int]] = []
+    for start in range(0, len(job["prompts"]), job["batch_size"]):
+        prompts = job["prompts"][start : start + job["batch_size"]]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        answers += model.generate(ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
     return answers
 
 
@@ -106,6 +104,7 @@ def answer(job: dict) -> dict:
 
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)  # tiny products are slower with more, far slower on a busy machine
     with torch.no_grad():
         answers = [answer(job) for job in jobs]
     Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")

@@ -47,6 +47,7 @@ def reference(request, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         return [np.load(step["output"]) if step["output"].endswith(".npy") else None for step in steps]
 
+    run.name = request.param
     return run
 
 
@@ -57,7 +58,10 @@ def ours(folder: Path) -> np.ndarray:
 
 
 def difference(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.abs(left - right).max())
+    """Largest difference of a logit. The tiny models' logits have a spread of 2 to 3 and reach 12, where a real one's
+    rounding errors would be several times smaller; it is therefore given in units of the spread, if that is above 1.
+    """
+    return float(np.abs(left - right).max() / max(1.0, right.std()))
 
 
 def test_logits_of_every_kind_of_folder(reference, tmp_path):
@@ -72,11 +76,12 @@ def test_logits_of_every_kind_of_folder(reference, tmp_path):
             ("float32", 60_000, "parameters"),
         )
     ]
-    kinds = [kind for kind in kinds if kind["rope"] == "theta" or "5" in os.environ["PYTEST_CURRENT_TEST"].split("[")[1]]
+    if reference.name == "transformers4":  # which does not know rope_parameters
+        kinds = [kind for kind in kinds if kind["rope"] == "theta"]
     folders = [tiny_model(tmp_path / str(i), shape=SHAPE, seed=i, **kind) for i, kind in enumerate(kinds)]
     expected = reference(*({"do": "logits", "model": str(folder)} for folder in folders))
     differences = [difference(ours(folder), answer) for folder, answer in zip(folders, expected)]
-    assert max(differences) < 2e-5, differences
+    assert max(differences) < 1e-5, differences
 
 
 def test_long_positions(reference, tmp_path):
@@ -99,11 +104,10 @@ def test_folders_that_transformers_saved(tied, reference, tmp_path):
     again = [{"do": "logits", "model": step["output"], "output": f"{step['output']}.npy"} for step in saved]
     expected = reference(*saved, *again)[len(saved) :]
     differences = [difference(ours(Path(step["output"])), answer) for step, answer in zip(saved, expected)]
-    assert max(differences) < 2e-5, differences
+    assert max(differences) < 1e-5, differences
 
 
-@pytest.mark.parametrize("variant", ["lora", "rslora", "pissa"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("variant, tied", [("lora", True), ("rslora", False), ("pissa", True)])
 def test_our_adapter_in_peft_and_merged_in_transformers(variant, tied, reference, tmp_path):
     from finetune.model.load import load_model
     from finetune.model.lora import add_lora, save_peft
@@ -122,7 +126,7 @@ def test_our_adapter_in_peft_and_merged_in_transformers(variant, tied, reference
         {"do": "greedy", "model": str(tmp_path / "merged"), "ids": str(tmp_path / "prompts.npy"), "new": 64},
         {"do": "greedy", "model": str(folder), "ids": str(tmp_path / "prompts.npy"), "new": 64},
     )
-    assert difference(in_peft, expected) < (3e-5 if variant == "pissa" else 1e-5)
+    assert difference(in_peft, expected) < 1e-5
     assert difference(merged, expected) < 1e-4
     assert np.array_equal(tokens, greedy(model, prompts(rows=20, length=16, seed=4), 64))
     assert not np.array_equal(tokens, base_tokens)

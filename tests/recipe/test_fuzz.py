@@ -15,10 +15,12 @@ from finetune.recipe.shipped import SHIPPED
 
 SAMPLES = [file.read_text() for file in sorted((SHIPPED / "recipes").glob("*.yaml"))]
 KEYS = sorted({line.split(":")[0].strip(" -#") for text in SAMPLES for line in text.splitlines() if ":" in line})
-PIECES = ["\n", " ", "  ", "- ", ": ", "[", "]", "{", "}", ",", "&a", "*a", "!!", "!x ", "|\n", ">", "'", '"', "#", "---\n"]
-PIECES += ["\t", "\x00", "\x85", "\ufeff", "<<", "?", "%YAML 1.1\n", "\\", '"\\x', '"\\U', "1e-4", "-1", ".nan", "null", "é"]
-PIECES += ["0x", "[[[[[[[[[[[[[[[", "{a: ", "data:\n  train:\n    - path: x\n", "method: sft\n", "model: {path: x}\n"]
-QUIET = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+PIECES = ["\n", " ", "  ", "- ", ": ", "[", "]", "{", "}", ",", "&a", "*a", "!!", "!x ", "|\n", ">", "'", '"', "#"]
+PIECES += ["\t", "\x00", "\x85", "\ufeff", "<<", "?", "%YAML 1.1\n", "\\", '"\\x', '"\\U', "1e-4", "-1", ".nan"]
+PIECES += ["---\n", "null", "é", "0x", "[[[[[[[[[[[[[[[", "{a: "]
+PIECES += ["data:\n  train:\n    - path: x\n", "method: sft\n", "model: {path: x}\n"]
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+QUIET = settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 
 
 def read(text: bytes, overrides: list[str] = []) -> Recipe | None:  # noqa: B006
@@ -76,7 +78,8 @@ def test_overrides_of_any_text(texts):
 name = st.text(
     st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="\ufeff"), min_size=1, max_size=12
 )
-source = st.fixed_dictionaries({"path": name}, optional={"split": name, "samples": st.integers(1, 9)})
+path = name.filter(lambda text: not set(text) & set("*?["))  # a glob would find r.yaml beside the recipe
+source = st.fixed_dictionaries({"path": path}, optional={"split": name, "samples": st.integers(1, 9)})
 
 
 @st.composite

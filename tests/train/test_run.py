@@ -1,0 +1,181 @@
+"""`finetune train` as users meet it: its folder, its messages, its ways to stop and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.runs import finetune, finetune_process, metrics, steps, write_recipe, write_rows
+from tests.tiny import tiny_model, tiny_weights, write_weights
+
+METRIC_KEYS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second", "seconds"]
+
+
+def test_a_run_leaves_the_folder_of_the_contract_and_prints_no_noise(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, save_steps=2)
+    done = finetune_process("train", recipe, "data.eval_fraction=0.2")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} - {".lock"} == {
+        "recipe.yaml", "manifest.json", "metrics.jsonl", "report.html", "checkpoints", "final",
+    }  # fmt: skip
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    suffixes = {p.suffix for p in (run / "checkpoints").rglob("*") if p.is_file()}
+    assert suffixes == {".json", ".safetensors", ".txt"}
+    assert all(list(row) == METRIC_KEYS for row in steps(run))
+    assert [row["step"] for row in metrics(run) if "eval_loss" in row] == [2, 4]
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["status"] == "finished"
+    assert manifest["data"]["train"]["files"][0]["rows"] == 24
+    assert done.stdout == ""
+    for noise in ("Warning", "DEBUG", "INFO", "ccache", "FLAGS"):
+        assert noise not in done.stderr
+
+
+def test_the_loss_falls_and_the_weights_on_disk_are_the_trained_ones(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=30, learning_rate=3e-3)
+    assert finetune("train", recipe) == 0
+    losses = [row["loss"] for row in steps(tmp_path / "run")]
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+    before = load_file(tiny_folder / "model.safetensors")
+    after = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(not np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "lora_plus", "pissa"])
+def test_each_lora_variant_reloads_to_the_loss_it_was_saved_with(tmp_path, tiny_folder, variant):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=6)
+    lora = f"lora={{rank: 4, alpha: 8, variant: {variant}}}"
+    held_out = write_rows(tmp_path / "eval.jsonl", 6, seed=1)
+    assert finetune("train", recipe, lora, f"data.eval=[{{path: {held_out}}}]") == 0
+    saved = metrics(tmp_path / "run")[-1]["eval_loss"]
+    # Trained further as an adapter with a learning rate that changes nothing, the first loss tells what was loaded.
+    rank, alpha = (8, 16) if variant == "pissa" else (4, 8)
+    again = f"lora={{rank: {rank}, alpha: {alpha}, variant: {'rslora' if variant == 'rslora' else 'lora'}}}"
+    assert finetune(
+        "train", recipe, again, f"model.path={tmp_path / 'run'}", f"data.train=[{{path: {held_out}}}]", "training.max_steps=1",
+        "training.per_device_train_batch_size=6", f"training.output_dir={tmp_path / 'again'}",
+    ) == 0  # fmt: skip
+    assert steps(tmp_path / "again")[0]["loss"] == pytest.approx(saved, rel=1e-5)
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder)
+    assert finetune("train", recipe) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    again = finetune_process("train", recipe)
+    assert again.returncode == 0
+    assert "finished: 4 of 4 steps" in again.stderr
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_written_recipe_repeats_the_run(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder)
+    assert finetune("train", recipe) == 0
+    assert finetune("train", tmp_path / "run" / "recipe.yaml", f"training.output_dir={tmp_path / 'again'}") == 0
+    pairs = zip(steps(tmp_path / "run"), steps(tmp_path / "again"), strict=True)
+    assert all(a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"] for a, b in pairs)
+
+
+def test_a_changed_recipe_is_not_resumed_silently(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder)
+    assert finetune("train", recipe) == 0
+    changed = finetune_process("train", recipe, "training.learning_rate=0.5", "training.logging_steps=2")
+    assert changed.returncode == 2
+    assert "training.learning_rate" in changed.stderr and "training.resume_from_checkpoint=never" in changed.stderr
+    assert "logging_steps" not in changed.stderr
+    write_rows(tmp_path / "train.jsonl", 25)
+    assert "the training data changed" in finetune_process("train", recipe).stderr
+
+
+def test_sigterm_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=5000)
+    command = [sys.executable, "-m", "finetune", "train", str(recipe)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run"):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Run the same command again to go on" in said and "Traceback" not in said
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{metrics(tmp_path / 'run')[-1]['step']}"
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path, tiny_folder):
+    from finetune.train.lock import locked
+
+    recipe = write_recipe(tmp_path, tiny_folder)
+    with locked(tmp_path / "run"):
+        refused = finetune_process("train", recipe)
+    assert refused.returncode == 2
+    assert f"process {os.getpid()}" in refused.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path, capsys):
+    model = tiny_model(tmp_path / "overflowing")
+    weights = tiny_weights()
+    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], 3e38)
+    write_weights(model, weights)
+    recipe = write_recipe(tmp_path, model, shuffle=False, per_device_train_batch_size=2)
+    assert finetune("train", recipe) == 1
+    said = capsys.readouterr().err
+    assert "at step 1" in said and "train.jsonl:1, " in said and "train.jsonl:2" in said and "learning_rate" in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_best_checkpoint_becomes_the_final_model_and_early_stopping_ends_the_run(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=200, learning_rate=2e-2, lr_scheduler_type="constant")
+    assert finetune(
+        "train", recipe, "data.eval_fraction=0.3", "training.eval_steps=2", "training.save_steps=2",
+        "training.load_best_model_at_end=true", "training.early_stopping_patience=2",
+    ) == 0  # fmt: skip
+    run = tmp_path / "run"
+    evaluations = {row["step"]: row["eval_loss"] for row in metrics(run) if "eval_loss" in row}
+    best = min(evaluations, key=evaluations.get)
+    assert max(evaluations) == best + 4 < 200
+    kept = run / "checkpoints" / f"step-{best}" / "model" / "model.safetensors"
+    assert kept.read_bytes() == (run / "final" / "model.safetensors").read_bytes()
+
+
+def test_dry_run_tells_and_writes_nothing(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder)
+    done = finetune_process("train", recipe, "--dry-run", "data.max_length=40", "data.overlong=drop")
+    assert done.returncode == 0
+    for fact in ("28,960 of 28,960", "dropped", "steps", "memory, estimated", "trained on"):
+        assert fact in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_disk_full_is_told_and_the_earlier_checkpoint_stays(tmp_path, tiny_folder, monkeypatch, capsys):
+    import errno
+
+    from finetune.train import session
+
+    recipe = write_recipe(tmp_path, tiny_folder, save_steps=2)
+    real, calls = session.save_hf, []
+
+    def full(model, folder: Path, **options):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        real(model, folder, **options)
+
+    monkeypatch.setattr(session, "save_hf", full)
+    assert finetune("train", recipe) == 1
+    assert "make room" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
+    assert finetune("train", recipe) == 0
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Tiny Qwen2 folders made on the spot from a seed, for tests. numpy, safetensors and tokenizers only: no paddle, no torch.
+"""Tiny Qwen2 folders made on the spot from a seed, for tests. No paddle, no torch.
 
     folder = tiny_model(tmp_path / "base")                       # tied, float32, one file, with a tokenizer
     folder = tiny_model(tmp_path / "big", tied=False, dtype="bfloat16", max_shard_bytes=20_000, rope="parameters")
@@ -155,8 +155,9 @@ def write_weights(folder: Path, weights: dict[str, np.ndarray], max_shard_bytes:
 
 
 def tiny_tokenizer(folder: str | Path) -> Path:
-    """Write a byte-level BPE tokenizer of Qwen2's kind: 400 tokens, then the three special ones, and the ChatML template."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    """Write a byte-level BPE tokenizer of Qwen2's kind: 400 tokens, then three special ones, and the ChatML template."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

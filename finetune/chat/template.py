@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from finetune.errors import CheckpointError
 
 # A conversation of 1,000 turns takes a few thousand steps and well under a megabyte.
-MAX_STEPS = 1_000_000
+MAX_STEPS = 500_000
 MAX_CHARACTERS = 64_000_000
 _WIDE_FORMAT = re.compile(r"\d{6,}|\*")
 

@@ -19,13 +19,12 @@ from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_ids
 from finetune.errors import DataError
 from finetune.infer.open import Opened, open_model
-from finetune.infer.sampling import Sampling
+from finetune.infer.sampling import DEFAULT_MAX_NEW_TOKENS, Sampling
 from finetune.report.console import console, say
 
 if TYPE_CHECKING:
     from finetune.infer.engine import Delta
 
-DEFAULT_MAX_NEW_TOKENS = 512
 HELP = """\
 /system TEXT   set the system message (without TEXT: take it away) and start over
 /undo          take back the last question and its answer

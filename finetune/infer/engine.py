@@ -20,9 +20,7 @@ import numpy as np
 from finetune.chat.tokenizer import StreamDecoder, Tokenizer
 from finetune.errors import DataError, FinetuneError
 from finetune.infer.decoder import Decoder, KVCache
-from finetune.infer.sampling import Sampling, TokenLogprob, choose, penalize, token_logprob
-
-DEFAULT_BATCH_SIZE = 8
+from finetune.infer.sampling import DEFAULT_BATCH_SIZE, Sampling, TokenLogprob, choose, penalize, token_logprob
 
 
 @dataclass(frozen=True)

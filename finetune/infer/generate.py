@@ -22,7 +22,7 @@ import numpy as np
 from finetune.errors import ArgumentError
 from finetune.infer.open import open_model, open_tokenizer
 from finetune.infer.prompts import Prompt, PromptReader
-from finetune.infer.sampling import Sampling
+from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Sampling
 from finetune.model.resolve import resolve_model
 from finetune.report.console import progress, warn
 
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # Rows held at once: enough to sort by length, few enough for a file of any size.
 WINDOW = 2048
-DEFAULT_MAX_NEW_TOKENS = 512
-DEFAULT_BATCH_SIZE = 8
 
 
 def generate(

@@ -9,13 +9,15 @@ presence and frequency penalty, then temperature, top-k, top-p, min-p.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from finetune.errors import ArgumentError, Fault
 
 MAX_TOP_LOGPROBS = 20
+DEFAULT_MAX_NEW_TOKENS = 512
+DEFAULT_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Sampling:
             the model's distribution before penalties and filters.
     """
 
-    max_new_tokens: int = 512
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
     min_new_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
@@ -119,10 +121,9 @@ _RANGES = {
     "frequency_penalty": (_number(-2, 2), "a number from -2 to 2"),
     "seed": (_whole(0, optional=True), "a whole number of at least 0"),
     "n": (_whole(1), "a whole number of at least 1"),
-    "stop": (lambda value: isinstance(value, tuple) and all(isinstance(s, str) and s for s in value), "non-empty texts"),
+    "stop": (lambda value: type(value) is tuple and all(type(s) is str and s for s in value), "non-empty texts"),
     "logprobs": (_whole(0, MAX_TOP_LOGPROBS, optional=True), f"a whole number from 0 to {MAX_TOP_LOGPROBS}"),
 }
-SAMPLING_FIELDS = frozenset(field.name for field in fields(Sampling))
 
 
 def penalize(scores: np.ndarray, sampling: Sampling, prompt: np.ndarray, counts: dict[int, int]) -> np.ndarray:

@@ -109,7 +109,7 @@ _HARMLESS = {
 }
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal")
 _FIXES = {
-    "init_lora_weights": "Save it as a plain LoRA: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...).",
+    "init_lora_weights": "Let PEFT save it as a plain LoRA (path_initial_model_for_weight_conversion).",
     "bias": "Only 'none'.",
 }
 
@@ -122,9 +122,8 @@ def parse_peft_config(raw: dict, where: Path) -> LoraSettings:
         CheckpointError: not LoRA, or a feature that would change the numbers and is not supported; all are named.
     """
     if raw.get("peft_type") != "LORA":
-        raise CheckpointError(
-            f"peft_type is {str(raw.get('peft_type'))[:50]!r}", where=str(where), fix="Only LORA adapters are supported."
-        )
+        what, fix = f"peft_type is {str(raw.get('peft_type'))[:50]!r}", "Only LORA adapters are supported."
+        raise CheckpointError(what, where=str(where), fix=fix)
     faults = []
     for key, value in raw.items():
         harmless = (

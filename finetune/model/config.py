@@ -77,15 +77,16 @@ def _dtype(raw: dict, where: Path, faults: list[Fault]) -> str | None:
 
 def _rope_theta(raw: dict, where: Path, faults: list[Fault]) -> float:
     """The base of the rotary embedding: in `rope_parameters` (transformers 5) or `rope_theta` (4)."""
-    parameters = raw.get("rope_parameters") or {}
-    found = parameters.get("rope_theta") if isinstance(parameters, dict) else None
-    values = {value for value in (found, raw.get("rope_theta")) if isinstance(value, (int, float, str))}
-    value = next(iter(values), 10000.0)
-    if len(values) > 1:
-        faults.append(Fault(f"rope_theta has two values: {sorted(map(str, values))}", str(where), "Keep the right one."))
-    elif type(value) not in (int, float) or not 1 < value < 1e12:
-        faults.append(Fault(f"rope_theta is {str(value)[:50]!r}", str(where), "A number above 1."))
-    return value
+    parameters = raw.get("rope_parameters")
+    places = (parameters if isinstance(parameters, dict) else {}, raw)
+    values = [place["rope_theta"] for place in places if place.get("rope_theta") is not None] or [10000.0]
+    for value in values:
+        if type(value) not in (int, float) or not 1 < value < 1e12:
+            faults.append(Fault(f"rope_theta is {str(value)[:50]!r}", str(where), "A number above 1."))
+    if values[0] != values[-1]:
+        both = " and ".join(str(value)[:50] for value in values)
+        faults.append(Fault(f"rope_theta has two values: {both}", str(where), "Keep the right one."))
+    return values[0]
 
 
 def _unsupported(raw: dict, config: dict, where: Path) -> list[Fault]:
@@ -99,7 +100,7 @@ def _unsupported(raw: dict, config: dict, where: Path) -> list[Fault]:
         rope = raw.get(name)
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
         if kind not in (None, "default"):
-            refuse(f"{name} of type {str(kind)[:50]!r}", "Only the plain rotary embedding; YaRN is for long inputs only.")
+            refuse(f"{name} of type {str(kind)[:50]!r}", "Only the plain rotary embedding is.")
         if isinstance(rope, dict) and rope.get("partial_rotary_factor", 1.0) != 1.0:
             refuse(f"{name}.partial_rotary_factor")
     if raw.get("rope_scaling_type") not in (None, "default"):  # PaddleNLP's own key

@@ -4,7 +4,7 @@ Models                  Hugging Face                            Paddle
     body                model.layers.0. ...                     qwen2.layers.0. ...
     Linear weights      [out, in]                               [in, out]
     head, not tied      lm_head.weight [vocab, hidden]          lm_head.weight [hidden, vocab]
-    head, tied          not stored                              not stored here (PaddleNLP stores it again, [vocab, hidden])
+    head, tied          not stored                              not stored (PaddleNLP repeats it, [vocab, hidden])
 Adapters                PEFT                                    PaddleNLP
     A                   base_model.model.M.lora_A.weight [r, in]    M'.lora_A [in, r]
     B                   base_model.model.M.lora_B.weight [out, r]   M'.lora_B [r, out]

@@ -92,7 +92,9 @@ def build_model(config: dict, dtype: str) -> paddle.nn.Layer:
     if eos is not None:
         known["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
     longest = known.pop("max_position_embeddings")
-    settings = Qwen2Config(**known, dtype=dtype, max_position_embeddings=1, seq_length=longest, use_sliding_window=False)
+    settings = Qwen2Config(
+        **known, dtype=dtype, max_position_embeddings=1, seq_length=longest, use_sliding_window=False
+    )
     with no_init_weights(), empty_parameters():
         model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     settings.max_position_embeddings = longest

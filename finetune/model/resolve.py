@@ -1,4 +1,5 @@
-"""What the user calls MODEL, found: a hub id, any model or adapter folder, a checkpoint, or a run's folder. No paddle here."""
+"""What the user calls MODEL, found: a hub id, any model or adapter folder, a checkpoint, a run's folder. No paddle here.
+"""
 
 from __future__ import annotations
 
@@ -166,8 +167,8 @@ def _safe_way(path: Path) -> str:
     if path.suffix == ".pdparams":
         target = "peft_model" if "lora" in path.name else "model"
         return (
-            "If you trust where it comes from, convert it once: python -c \"import paddle; from safetensors.numpy import "
-            f"save_file; save_file({{k: v.numpy() for k, v in paddle.load('{path}').items()}}, "
+            "If you trust where it comes from, convert it once: python -c \"import paddle; "
+            f"from safetensors.numpy import save_file; save_file({{k: v.numpy() for k, v in paddle.load('{path}').items()}}, "
             f"'{folder / target}.safetensors')\" (float32 weights), then move the .pdparams file away."
         )
     return (
@@ -203,7 +204,8 @@ def _base(base_name: str, folder: Path, config_file: Path) -> ModelSource:
             raise CheckpointError("names itself as its base model", where=str(config_file))
         if Path(chosen).is_dir() and (Path(chosen) / config_file.name).exists():
             what = f"its base model {base_name!r} is an adapter itself"
-            raise CheckpointError(what, where=str(config_file), fix="Merge that one first: finetune export BASE FOLDER.")
+            fix = f"Merge that one first: finetune export {chosen} FOLDER."
+            raise CheckpointError(what, where=str(config_file), fix=fix)
         return resolve_model(chosen)
     except CheckpointError as error:
         if Path(base_name).is_dir() or beside.is_dir():

@@ -227,7 +227,9 @@ def _write_bytes(file, array: np.ndarray) -> None:
         file.write(flat[start : start + _COPY_BYTES].data)
 
 
-def write_shards(folder: Path, stem: str, tensors: dict[str, Promise], max_bytes: int, metadata: dict[str, str]) -> None:
+def write_shards(
+    folder: Path, stem: str, tensors: dict[str, Promise], max_bytes: int, metadata: dict[str, str]
+) -> None:
     """Write one file, or numbered shards with an index where the tensors exceed `max_bytes`."""
     shards: list[dict[str, Promise]] = [{}]
     filled = 0

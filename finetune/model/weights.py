@@ -80,9 +80,12 @@ def base_weights(source: ModelSource) -> dict[str, Weight]:
 
     def weight(name: str, shape: tuple[int, ...]) -> Weight:
         stored = convert.to_paddle(name) if source.layout == "paddle" else name
-        turn = source.layout == "paddle"
-        dtype = tensors.entries[stored].dtype
-        return Weight(dtype, shape, lambda: convert.turned(tensors.read(stored), name) if turn else tensors.read(stored))
+
+        def read() -> np.ndarray:
+            array = tensors.read(stored)
+            return convert.turned(array, name) if source.layout == "paddle" else array
+
+        return Weight(tensors.entries[stored].dtype, shape, read)
 
     return {name: weight(name, shape) for name, shape in convert.hf_shapes(source.config).items()}
 
@@ -167,8 +170,9 @@ def _check_spare_head(tensors: TensorFolder, source: ModelSource) -> None:
 
 
 def open_adapter(source: ModelSource) -> tuple[dict[str, Weight], LoraSettings]:
-    """An adapter's tensors by `<Hugging Face module>.lora_A` [rank, in] and `.lora_B` [out, rank], and its settings with
-    the target modules filled in.
+    """An adapter's tensors, and its settings with the target modules filled in.
+
+    The names are `<Hugging Face module>.lora_A` [rank, in] and `.lora_B` [out, rank].
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape than settings and model say.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,25 +26,24 @@ MAX_SHARD_BYTES = 5 * 10**9
 CHAT_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 
-def save_hf(model: Layer, folder: str | Path, *, dtype: str | None = None, tokenizer: Path | None = None,
-            max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a model without adapter (see `lora.merge_lora`) with `write_hf`; dtype is the model's own by default."""
+def save_hf(model: Layer, folder: str | Path, *, dtype: str | None = None, **options: Any) -> None:
+    """Write a model in memory with `write_hf`, by default in its own dtype. An adapter must be merged before."""
     facts, weights, dtype = _of(model, dtype)
-    write_hf(facts, weights, folder, dtype=dtype, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    write_hf(facts, weights, folder, dtype=dtype, **options)
 
 
-def save_paddle(model: Layer, folder: str | Path, *, dtype: str | None = None, tokenizer: Path | None = None,
-                max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write a model without adapter with `write_paddle`; dtype is the model's own by default."""
+def save_paddle(model: Layer, folder: str | Path, *, dtype: str | None = None, **options: Any) -> None:
+    """Write a model in memory with `write_paddle`, by default in its own dtype. An adapter must be merged before."""
     facts, weights, dtype = _of(model, dtype)
-    write_paddle(facts, weights, folder, dtype=dtype, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    write_paddle(facts, weights, folder, dtype=dtype, **options)
 
 
 def _of(model: Layer, dtype: str | None) -> tuple[dict, dict[str, Weight], str]:
     from finetune.model.load import facts_of, model_weights, name_of
 
     if hasattr(model, "lora_config"):
-        raise ArgumentError("the model has an adapter", fix="Merge it first (merge_lora), or save the adapter (save_peft).")
+        fix = "Merge it first (merge_lora), or save the adapter (save_peft)."
+        raise ArgumentError("the model has an adapter", fix=fix)
     return facts_of(model), model_weights(model), dtype or name_of(model.qwen2.embed_tokens.weight.dtype)
 
 

@@ -50,7 +50,8 @@ def test_padding_is_masked_and_answers_are_padded(model, tokenizer):
     texts = ["a", "What is the sum of 12 and 30?"]
     inputs = tokenizer(texts, return_tensors="pd", padding=True)
     width = inputs.input_ids.shape[1]
-    alone = [model.generate(**tokenizer([text], return_tensors="pd"), max_new_tokens=9, eos_token_id=[]) for text in texts]
+    single = [tokenizer([text], return_tensors="pd") for text in texts]
+    alone = [model.generate(**one, max_new_tokens=9, eos_token_id=[]) for one in single]
     tails = [row[0, -9:].tolist() for row in alone]
     end = tails[0][3]
     rows = model.generate(**inputs, max_new_tokens=9, eos_token_id=end, pad_token_id=400)
@@ -83,7 +84,7 @@ def test_draws_are_repeatable_by_seed_and_by_paddle_seed(model):
 
 def test_generation_config_gives_the_defaults(tiny_untied_folder, tmp_path):
     folder = shutil.copytree(tiny_untied_folder, tmp_path / "model")
-    settings = {"do_sample": True, "temperature": 0.01, "repetition_penalty": 1.3, "max_new_tokens": 5, "eos_token_id": 402}
+    settings = {"do_sample": True, "temperature": 0.01, "repetition_penalty": 1.3, "max_new_tokens": 5}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = AutoModelForCausalLM.from_pretrained(folder)
     greedy = model.generate([[65, 66]], do_sample=False).tolist()

@@ -123,9 +123,9 @@ DAMAGE = {
     "missing bias": (without("model.layers.1.self_attn.k_proj.bias"), "k_proj.bias"),
     "missing norm": (without("model.norm.weight"), "model.norm.weight"),
     "missing embedding": (without("model.embed_tokens.weight"), "embed_tokens"),
-    "one more": (lambda weights: weights | {"model.layers.0.mlp.gate_proj.bias": np.ones(48, np.float32)}, "unexpected"),
+    "one more": (lambda w: w | {"model.layers.0.mlp.gate_proj.bias": np.ones(48, np.float32)}, "unexpected"),
     "a layer more": (lambda w: w | {"model.layers.2.x": np.ones(1, np.float32)}, "2 layers, the weights have 3"),
-    "transposed": (replaced("model.layers.0.mlp.up_proj.weight", lambda x: np.ascontiguousarray(x.T)), "up_proj.weight"),
+    "transposed": (replaced("model.layers.0.mlp.up_proj.weight", lambda x: x.T.copy()), "up_proj.weight"),
     "wrong size": (replaced("model.norm.weight", lambda x: x[:-1].copy()), "[31]"),
     "integers": (replaced("model.norm.weight", lambda x: x.astype(np.int32)), "int32"),
     "base model without prefix": (lambda weights: {k.removeprefix("model."): v for k, v in weights.items()}, "0"),
@@ -213,4 +213,5 @@ def test_a_single_file_counts_before_an_index(tmp_path, load):
     """As in transformers."""
     folder = tiny_model(tmp_path / "m", max_shard_bytes=40_000, tokenizer=False)
     save_file(tiny_weights(seed=9), folder / "model.safetensors", metadata={"format": "pt"})
-    assert np.array_equal(parameters(load(folder).model)["model.norm.weight"], tiny_weights(seed=9)["model.norm.weight"])
+    found = parameters(load(folder).model)
+    assert np.array_equal(found["model.norm.weight"], tiny_weights(seed=9)["model.norm.weight"])

@@ -112,7 +112,10 @@ def test_pickled_weights_are_refused_with_the_way_out(file, tmp_path):
     assert "pickle" in message and file in message and "safetensors" in message
 
 
-@pytest.mark.parametrize("file, config", [("adapter_model.bin", "adapter_config.json"), ("lora_model_state.pdparams", "lora_config.json")])
+@pytest.mark.parametrize(
+    "file, config",
+    [("adapter_model.bin", "adapter_config.json"), ("lora_model_state.pdparams", "lora_config.json")],
+)
 def test_pickled_adapters_are_refused(file, config, tmp_path):
     write_json(tmp_path / config, {"peft_type": "LORA", "r": 4})
     (tmp_path / file).write_bytes(b"x")

@@ -132,7 +132,7 @@ def test_a_base_model_gets_the_end_of_a_turn_as_stop(tmp_path):
 
 def test_an_instruct_model_keeps_its_generation_config(tmp_path):
     tiny_tokenizer(tmp_path)
-    found = {"eos_token_id": [402, 400], "do_sample": True, "temperature": 0.7, "pad_token_id": 400, "bos_token_id": 400}
+    found = {"eos_token_id": [402, 400], "do_sample": True, "top_p": 0.7, "pad_token_id": 400, "bos_token_id": 400}
     write_json(tmp_path / "generation_config.json", found)
     assert generation_config(facts(), tmp_path) == found
 

@@ -156,16 +156,16 @@ def steps_of(recipe: Path) -> list[dict]:
     return [row for row in read_metrics(recipe.with_suffix("") / "metrics.jsonl") if "loss" in row]
 
 
-def largest_difference(ours: list[dict], theirs: list[dict], key: str, floor: float = 0.0) -> float:
+def largest_difference(ours: list[dict], theirs: list[dict], key: str, floor=lambda row: 0.0) -> float:
     """Largest relative difference of a metric over the steps.
 
     Args:
-        floor: Absolute difference below which the reference's own float32 sums cannot tell two numbers apart.
+        floor: Of a step of the reference, the absolute difference that its own float32 sums cannot resolve.
     """
     assert len(ours) == len(theirs) == STEPS
     worst = 0.0
     for mine, other in zip(ours, theirs):
         assert mine["step"] == other["step"]
-        gap = max(0.0, abs(mine[key] - other[key]) - floor)
-        worst = max(worst, gap / abs(other[key]) if gap else 0.0)
+        gap = abs(mine[key] - other[key])
+        worst = max(worst, gap / abs(other[key]) if gap > floor(other) else 0.0)
     return worst

@@ -1,4 +1,4 @@
-"""Generation against transformers: tokens, the quickstart, and the filters. Runs where FINETUNE_REFERENCE_PYTHON is set."""
+"""Generation against transformers: tokens, the quickstart, and the filters. Needs FINETUNE_REFERENCE_PYTHON."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_100_prompts_are_answered_differently(jobs):
 
 @pytest.mark.parametrize("number", range(len(CONFIGS) * len(ENDS)))
 def test_generate_calls_return_the_same_sequences(jobs, number):
-    """With and without mask, with inferred padding, with Qwen2-Instruct's generation config; ends that come early or late."""
+    """With and without mask, with inferred padding, with Qwen2-Instruct's generation config; early and late ends."""
     from finetune import AutoModelForCausalLM
 
     job = jobs[f"calls-{number}"]

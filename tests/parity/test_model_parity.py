@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from finetune.export.export import export
 from finetune.model.adapters import LoraSettings
-from tests.model.compute import logits, prompts, shake
+from tests.model.compute import difference, logits, prompts, shake
 from tests.tiny import Shape, tiny_model
 
 PYTHONS = {
@@ -57,13 +57,6 @@ def ours(folder: Path) -> np.ndarray:
     return logits(load_model(folder).model, prompts(rows=4, length=48))
 
 
-def difference(left: np.ndarray, right: np.ndarray) -> float:
-    """Largest difference of a logit. The tiny models' logits have a spread of 2 to 3 and reach 12, where a real one's
-    rounding errors would be several times smaller; it is therefore given in units of the spread, if that is above 1.
-    """
-    return float(np.abs(left - right).max() / max(1.0, right.std()))
-
-
 def test_logits_of_every_kind_of_folder(reference, tmp_path):
     kinds = [
         {"tied": tied, "dtype": dtype, "max_shard_bytes": shard, "rope": rope}
@@ -97,8 +90,9 @@ def test_long_positions(reference, tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_folders_that_transformers_saved(tied, reference, tmp_path):
     folder = tiny_model(tmp_path / "m", shape=SHAPE, tied=tied, rope_theta=5e5, tokenizer=False)
+    save = {"do": "save", "model": str(folder)}
     saved = [
-        {"do": "save", "model": str(folder), "dtype": dtype, "max_shard_size": size, "output": str(tmp_path / f"{dtype}{size}")}
+        save | {"dtype": dtype, "max_shard_size": size, "output": str(tmp_path / f"{dtype}{size}")}
         for dtype, size in (("float32", "5GB"), ("bfloat16", "40KB"), ("float16", "40KB"))
     ]
     again = [{"do": "logits", "model": step["output"], "output": f"{step['output']}.npy"} for step in saved]
@@ -161,4 +155,5 @@ def test_adapters_that_peft_saved(config, reference, tmp_path):
     left, right = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "again"))
     assert left.keys() == right.keys()
     assert all(np.array_equal(left[name], right[name]) for name in left)
-    assert difference(reference({"do": "logits", "model": str(folder), "adapter": str(tmp_path / "again")})[0], expected) < 1e-6
+    answer = reference({"do": "logits", "model": str(folder), "adapter": str(tmp_path / "again")})[0]
+    assert difference(answer, expected) < 1e-6

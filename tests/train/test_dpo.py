@@ -205,13 +205,13 @@ def test_packed_equals_unpacked(tmp_path, tiny_folder):
 
 
 def test_two_processes_equal_one(tmp_path, tiny_folder):
-    recipe = write_recipe(tmp_path, tiny_folder, max_steps=8)
-    for loss in ("sigmoid", "kto_pair"):
-        options = f"dpo.loss_type={loss}", "data.eval_fraction=0.3"
-        one = train(recipe, tmp_path / f"one-{loss}", *options, "training.per_device_train_batch_size=8")
-        split = "training.per_device_train_batch_size=4", "--nproc", "2"
-        two = train(recipe, tmp_path / f"two-{loss}", *options, *split)
-        assert column(two, *COMPARED) == pytest.approx(column(one, *COMPARED), rel=1e-5, abs=1e-6)
+    """With kto_pair, which needs a mean over all ranks before the loss."""
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=4)
+    options = "dpo.loss_type=kto_pair", "data.eval_fraction=0.3"
+    one = train(recipe, tmp_path / "one", *options, "training.per_device_train_batch_size=8")
+    split = "training.per_device_train_batch_size=4", "--nproc", "2"
+    two = train(recipe, tmp_path / "two", *options, *split)
+    assert column(two, *COMPARED) == pytest.approx(column(one, *COMPARED), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)

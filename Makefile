@@ -1,0 +1,75 @@
+# Needs Python 3.10, 3.11 or 3.12 and make; everything else is installed into .venv. `make help` lists the commands.
+
+VENV := .venv
+REFERENCE := .venv-reference
+READY := $(VENV)/.ready
+REFERENCE_READY := $(REFERENCE)/.ready
+
+# Another one: make demo PYTHON=/path/to/python3.12
+PYTHON ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test parity clean
+
+# A venv is ready when its mark, written last, names the place where it stands: an interrupted installation has none, a
+# moved or broken one another place. What is not ready is made anew.
+ready = $(shell "$(1)/bin/python" -c 'import sys; sys.exit(open("$(1)/.ready").read() != sys.prefix)' 2>/dev/null && echo yes)
+ifneq ($(call ready,$(VENV)),yes)
+$(shell rm -f $(READY))
+endif
+ifneq ($(call ready,$(REFERENCE)),yes)
+$(shell rm -f $(REFERENCE_READY))
+endif
+
+help:
+	@echo 'make demo      the main job on this CPU: base model, SFT, DPO, generate, export; numbers before and after'
+	@echo 'make test      the test suite'
+	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
+	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
+	@echo 'make clean     remove the environments and what was built; outputs/ stays'
+
+install: $(READY)
+
+demo: $(READY)
+	@$(VENV)/bin/python -m finetune.quickstart
+
+test: $(READY)
+	@$(VENV)/bin/python -m pytest tests --ignore=tests/parity
+
+parity: $(READY) $(REFERENCE_READY)
+	@FINETUNE_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE)/bin/python" $(VENV)/bin/python -m pytest tests/parity
+
+clean:
+	rm -rf $(VENV) $(REFERENCE) build dist *.egg-info .hypothesis
+	find finetune tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# $(1) folder, $(2) what pip installs. pip's output goes to a file, shown if it fails.
+define environment
+	@set -e; python=''; \
+	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.10 python3); do \
+	    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; \
+	    then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo 'No usable Python: $(if $(PYTHON),$(PYTHON) is not,none of python3.11 python3.12 python3.10 python3 is) Python 3.10, 3.11 or 3.12 with its venv module.' >&2; \
+	    echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11' >&2; \
+	    exit 2; \
+	fi; \
+	echo "Making $(1) with $$("$$python" --version)"; \
+	"$$python" -m venv --clear $(1); \
+	echo "Installing the pinned packages into $(1) (a few minutes the first time)"; \
+	if ! $(1)/bin/python -m pip install --disable-pip-version-check --no-input $(2) >$(1)/install.log 2>&1 </dev/null; then \
+	    tail -n 20 $(1)/install.log >&2; \
+	    echo 'The installation failed; all of its output is in $(1)/install.log. Run the same command again to retry.' >&2; \
+	    exit 1; \
+	fi; \
+	$(1)/bin/python -c 'import sys; open("$(1)/.ready", "w").write(sys.prefix)'
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call environment,$(VENV),-c constraints.txt -e '.[cpu$(comma)dev]')
+
+$(REFERENCE_READY): tests/parity/requirements.txt
+	$(call environment,$(REFERENCE),-r tests/parity/requirements.txt)
+
+comma := ,

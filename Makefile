@@ -58,7 +58,7 @@ define environment
 	echo "Making $(1) with $$("$$python" --version)"; \
 	"$$python" -m venv --clear $(1); \
 	echo "Installing the pinned packages into $(1) (a few minutes the first time)"; \
-	if ! $(1)/bin/python -m pip install --disable-pip-version-check --no-input $(2) >$(1)/install.log 2>&1 </dev/null; then \
+	if ! $(1)/bin/python -m pip install --disable-pip-version-check --no-input --use-pep517 $(2) >$(1)/install.log 2>&1 </dev/null; then \
 	    tail -n 20 $(1)/install.log >&2; \
 	    echo 'The installation failed; all of its output is in $(1)/install.log. Run the same command again to retry.' >&2; \
 	    exit 1; \

@@ -155,7 +155,7 @@ def write_weights(folder: Path, weights: dict[str, np.ndarray], max_shard_bytes:
 
 
 def tiny_tokenizer(folder: str | Path) -> Path:
-    """Write a byte-level BPE tokenizer of Qwen2's kind: 400 tokens, then three special ones, and the ChatML template."""
+    """Write a byte-level BPE tokenizer of Qwen2's kind: 400 tokens, three special ones, the ChatML template."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
     from tokenizers import pre_tokenizers, processors, trainers
 

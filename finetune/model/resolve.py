@@ -1,8 +1,8 @@
-"""What the user calls MODEL, found: a hub id, any model or adapter folder, a checkpoint, a run's folder. No paddle here.
-"""
+"""What the user calls MODEL, found: hub id, model or adapter folder, checkpoint, run's folder. No paddle here."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ class ModelSource:
     @property
     def hub_or_folder(self) -> str:
         """How an adapter trained on this model names it: the hub id, or the absolute folder."""
-        return self.name if not Path(self.name).exists() else str(self.folder.resolve())
+        return str(self.folder.resolve()) if os.path.exists(self.name) else self.name
 
 
 def resolve_model(name: str | Path) -> ModelSource:
@@ -77,12 +77,12 @@ def resolve_model(name: str | Path) -> ModelSource:
         CheckpointError: not found, incomplete, damaged, of another kind, or pickled; the message says what to do.
     """
     name = str(name)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if not name or "\0" in name:
         raise CheckpointError("the model's name is empty or has a NUL character", where=repr(name))
-    if folder.is_dir():
+    if os.path.isdir(folder):  # unlike Path.is_dir, never raises
         return _from_folder(folder, name)
-    if folder.exists():
+    if os.path.exists(folder):
         raise CheckpointError("is a file", where=name, fix="Name the folder it is in.")
     if _looks_like_path(name):
         raise CheckpointError("there is no such folder", where=name, fix=_nearest_folder(folder))
@@ -91,7 +91,7 @@ def resolve_model(name: str | Path) -> ModelSource:
 
 def _looks_like_path(name: str) -> bool:
     parent = Path(name).parent
-    return not _HUB_ID.fullmatch(name) or (parent != Path(".") and parent.is_dir()) or name.startswith("outputs/")
+    return not _HUB_ID.fullmatch(name) or (parent != Path(".") and os.path.isdir(parent)) or name.startswith("outputs/")
 
 
 def _nearest_folder(folder: Path) -> str | None:
@@ -168,8 +168,14 @@ def _safe_way(path: Path) -> str:
         target = "peft_model" if "lora" in path.name else "model"
         return (
             "If you trust where it comes from, convert it once: python -c \"import paddle; "
-            f"from safetensors.numpy import save_file; save_file({{k: v.numpy() for k, v in paddle.load('{path}').items()}}, "
+            "from safetensors.numpy import save_file; "
+            f"save_file({{k: v.numpy() for k, v in paddle.load('{path}').items()}}, "
             f"'{folder / target}.safetensors')\" (float32 weights), then move the .pdparams file away."
+        )
+    if path.name.startswith("adapter_model"):
+        return (
+            "Convert it where torch is installed: python -c \"import torch; from safetensors.torch import save_file; "
+            f"save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\"."
         )
     return (
         "Convert it where torch and transformers are installed: python -c \"from transformers import "
@@ -199,16 +205,16 @@ def _base(base_name: str, folder: Path, config_file: Path) -> ModelSource:
     """The adapter's base: relative to the working directory, then to the adapter's folder, then the hub."""
     beside = folder / base_name
     try:
-        chosen = beside if not Path(base_name).is_dir() and beside.is_dir() else base_name
-        if Path(chosen).is_dir() and Path(chosen).resolve() == folder.resolve():
+        chosen = beside if not os.path.isdir(base_name) and os.path.isdir(beside) else base_name
+        if os.path.isdir(chosen) and Path(chosen).resolve() == folder.resolve():
             raise CheckpointError("names itself as its base model", where=str(config_file))
-        if Path(chosen).is_dir() and (Path(chosen) / config_file.name).exists():
+        if os.path.isdir(chosen) and (Path(chosen) / config_file.name).exists():
             what = f"its base model {base_name!r} is an adapter itself"
             fix = f"Merge that one first: finetune export {chosen} FOLDER."
             raise CheckpointError(what, where=str(config_file), fix=fix)
         return resolve_model(chosen)
     except CheckpointError as error:
-        if Path(base_name).is_dir() or beside.is_dir():
+        if os.path.isdir(base_name) or os.path.isdir(beside):
             raise
         fix = f"Put the base model there, or correct base_model_name_or_path in {config_file}."
         raise CheckpointError(f"the adapter's base model cannot be had: {error}", where=str(folder), fix=fix) from error

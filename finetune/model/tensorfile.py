@@ -7,6 +7,7 @@ good when its turn comes, so that memory holds one tensor. No paddle here.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class TensorFolder:
             raise CheckpointError("has no weight_map from tensor names to file names", where=str(index))
         entries: dict[str, Entry] = {}
         for file in dict.fromkeys(weight_map.values()):
-            if not within(file, self.folder).is_file():
+            if not os.path.isfile(within(file, self.folder)):
                 raise CheckpointError(
                     f"shard {file!r} is named in {index.name} but is not there",
                     where=str(self.folder),

@@ -4,12 +4,12 @@
 | --- | --- |
 | LoRA, new adapter | the policy with its adapter switched off; no second copy of the weights |
 | LoRA, adapter trained further | the policy with the adapter as `model.path` holds it |
-| full fine-tuning | the policy before its first step, or (after a resume without cache, or not precomputed) `model.path` again |
+| full fine-tuning | the policy before its first step; `model.path` loaded again if that has passed or if live |
 | `dpo.reference` | that model |
 | simpo, orpo, `reference_free` | none |
 
-With `precompute_ref_log_probs` they are computed once, in the micro-batches in which each pair is trained first, so that
-they equal the policy's to the last bit at step 1; then whatever was loaded for it is freed. They are kept in
+With `precompute_ref_log_probs` they are computed once, in the micro-batches in which each pair is trained first, so
+that they equal the policy's to the last bit at step 1; then whatever was loaded for it is freed. They are kept in
 output_dir/reference/ (safetensors and JSON) under a key of model, data, template and precision.
 """
 

@@ -109,6 +109,13 @@ def test_a_token_across_the_border_is_supervised():
     assert shown(merged, said("q", "\na")).endswith("<|im_start|>assistant⟦\n\na<|im_end|>⟧\n")
 
 
+def test_a_token_across_the_end_of_a_response_is_supervised():
+    merged = byte_tokenizer(
+        "{% for m in messages %}{{ '[' if m.role == 'user' }}{{ m.content }}{% endfor %}", [("!", "[")]
+    )
+    assert shown(merged, said("q", "a!", "r", "b")) == "[q⟦a![⟧r⟦b⟧"
+
+
 def test_no_assistant_message_means_nothing_supervised(tokenizer):
     assert encode_conversation(tokenizer, conversation(said("q"))).num_supervised == 0
 

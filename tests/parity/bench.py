@@ -39,7 +39,7 @@ RUN = {
     "max_grad_norm": 1.0,
     "seed": 7,
 }
-_WORDS = "what is the sum of quick brown fox and lazy dog again 12 30 42 please write 一个人 今天 天气很好 naïve 🙂".split()
+_WORDS = "what is the sum of quick brown fox and lazy dog 12 30 42 please write 一个人 今天 天气很好 naïve 🙂".split()
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -98,7 +98,8 @@ def write_adapter(folder: Path, base: Path, *, started: bool) -> Path:
             prefix = f"base_model.model.model.layers.{layer}.{name}"
             a = chance.uniform(-1, 1, (LORA.rank, inputs)) * inputs**-0.5
             b = chance.standard_normal((outputs, LORA.rank)) * (0.05 if started else 0.0)
-            tensors |= {f"{prefix}.lora_A.weight": a.astype(np.float32), f"{prefix}.lora_B.weight": b.astype(np.float32)}
+            tensors[f"{prefix}.lora_A.weight"] = a.astype(np.float32)
+            tensors[f"{prefix}.lora_B.weight"] = b.astype(np.float32)
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = [name.rpartition(".")[2] for name in shapes]
@@ -115,9 +116,9 @@ def run_reference(script: str, jobs: dict[str, dict], folder: Path) -> dict[str,
         files.append(folder / f"{name}.job.json")
         files[-1].write_text(json.dumps(job), encoding="utf-8")
     # One thread: the models are tiny, and waiting threads would only take turns with the other tests
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": ""}
+    settings = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "PYTHONPATH": ""}
     command = [REFERENCE_PYTHON, str(HERE / script), *map(str, files)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=os.environ | settings, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: json.loads(Path(job["output"]).read_text(encoding="utf-8")) for name, job in jobs.items()}
 

@@ -6,15 +6,12 @@ JOBS.json holds a list of jobs, ANSWERS.json gets their answers in order. A job 
     greedy   {prompts: lists of ids, batch_size, max_new_tokens}: left-padded, with a mask, no end token
     calls    keyword arguments of single `generate` calls, `input_ids` (and `attention_mask`) as lists
     filters  {logits: [B, V] lists, settings: lists of sampling settings}: probabilities after the processors
-    speed    {prompt_tokens, new_tokens, batch_sizes}: seconds of a greedy answer
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -68,24 +65,6 @@ def filtered(logits: torch.Tensor, prompt: list[int], settings: dict) -> list[li
     return torch.softmax(processors(ids, logits.clone()), dim=-1).tolist()
 
 
-def speed(model, job: dict) -> dict[str, float]:
-    """Seconds per greedy answer, the best of two, by batch size."""
-    torch.set_num_threads(os.cpu_count())
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=job["new_tokens"], min_new_tokens=job["new_tokens"], pad_token_id=PAD
-    )
-    seconds = {}
-    for size in job["batch_sizes"]:
-        ids = torch.randint(0, 1000, (size, job["prompt_tokens"]))
-        runs = []
-        for _ in range(2):
-            start = time.perf_counter()
-            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-            runs.append(time.perf_counter() - start)
-        seconds[str(size)] = min(runs)
-    return seconds
-
-
 def answer(job: dict) -> dict:
     """All that one job asks for."""
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
@@ -97,8 +76,6 @@ def answer(job: dict) -> dict:
         found["filters"] = [filtered(logits, prompt, settings) for settings in job["filters"]["settings"]]
     if "greedy" in job:
         found["greedy"] = greedy(model, job["greedy"])
-    if "speed" in job:
-        found["speed"] = speed(model, job["speed"])
     return found
 
 

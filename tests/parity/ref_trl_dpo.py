@@ -1,9 +1,9 @@
 """TRL's preference trainers on each job: `python ref_trl_dpo.py JOB.json ...` in the reference environment.
 
-The job is that of `ref_common`, and `loss_type`, `beta`, `label_smoothing`, `sft_loss_ratio`, `simpo_gamma`, `precompute`
-with this package's names. Rows are {"prompt": messages, "chosen": text, "rejected": text}: the prompt is rendered by
-transformers with the generation header, and TRL adds the end-of-turn token to each response. (Given messages, TRL would
-also score the newline that the template writes after that token.)
+The job is that of `ref_common`, and `loss_type`, `beta`, `label_smoothing`, `sft_loss_ratio`, `simpo_gamma`,
+`precompute` with this package's names. Rows are {"prompt": messages, "chosen": text, "rejected": text}: the prompt is
+rendered by transformers with the generation header, and the responses end with the end-of-turn token. (Given messages,
+TRL would also score the newline that the template writes after that token.)
 
 Which of TRL's losses stands for which of ours:
 - sigmoid, hinge, ipo, sppo_hard, nca_pair: DPOTrainer's of that name; sft_loss_ratio is the weight of its `sft`.

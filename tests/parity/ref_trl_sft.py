@@ -1,9 +1,9 @@
 """TRL's SFTTrainer on each job: `python ref_trl_sft.py JOB.json ...` in the reference environment.
 
 The job is that of `ref_common`, and `mask`:
-- `completion`: rows {"messages"}; the last assistant message is TRL's completion. The prompt is rendered by transformers
-  with the generation header; the completion is the message's content, to which TRL adds the end-of-turn token. (Given
-  messages, TRL would also train on the newline that the template writes after that token.)
+- `completion`: rows {"messages"}; the last assistant message is TRL's completion. The prompt is rendered by
+  transformers with the generation header; the completion is the message's content, to which TRL adds the end-of-turn
+  token. (Given messages, TRL would also train on the newline that the template writes after that token.)
 - `assistant`: rows {"messages"}; TRL renders the whole conversation and masks by the template's generation markers.
 
 The answer adds `examples`: the token ids and labels TRL made of each row.
@@ -32,7 +32,7 @@ def run(job: dict) -> None:
     tokenizer = load_tokenizer(job)
     rows = read_rows(job)
     completion = job["mask"] == "completion"
-    data = [as_completion(row, tokenizer) for row in rows] if completion else [{"messages": r["messages"]} for r in rows]
+    data = [as_completion(row, tokenizer) if completion else {"messages": row["messages"]} for row in rows]
     arguments = SFTConfig(
         **training_arguments(job),
         completion_only_loss=completion,

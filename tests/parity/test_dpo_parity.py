@@ -1,8 +1,8 @@
 """DPO against TRL's preference trainers: same folder, pairs, order and hyperparameters, float32, 20 steps.
 
-Loss, gradient norm and log-probabilities agree to 1e-4 of their size. Rewards are beta times the difference of two sums
-that TRL holds in float32, so a difference below beta times four units in the last place of such a sum (its mean over the
-step's pairs) says nothing.
+Loss, gradient norm and log-probabilities agree to 1e-4 of their size. Rewards are beta times the difference of two
+sums that TRL holds in float32, so a difference below beta times four units in the last place of such a sum (its mean
+over the step's pairs) says nothing.
 """
 
 from __future__ import annotations

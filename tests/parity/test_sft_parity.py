@@ -55,7 +55,8 @@ def jobs(tmp_path_factory):
     found = {}
     for name, case in CASES.items():
         case = dict(case)
-        job = RUN | {"model": str(untied if case.pop("untied", False) else tied), "rows": str(rows), "mask": "completion"}
+        model = untied if case.pop("untied", False) else tied
+        job = RUN | {"model": str(model), "rows": str(rows), "mask": "completion"}
         if case.pop("lora", False):
             job["adapter"] = str(adapter)
         found[name] = job | case

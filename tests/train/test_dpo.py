@@ -120,8 +120,9 @@ def setting(request, tmp_path, tiny_folder):
     model = load_model(tiny_folder, training=True).model
     if request.param == "lora":
         model = add_lora(model, LoraSettings(rank=4, alpha=8.0), seed=0)
+        draw = np.random.default_rng(0)
         for parameter in trainable_parameters(model).values():
-            parameter.set_value(paddle.to_tensor(np.random.default_rng(0).normal(0, 0.1, parameter.shape).astype("float32")))
+            parameter.set_value(paddle.to_tensor(draw.normal(0, 0.1, parameter.shape).astype("float32")))
     return model, section.model_copy(update={"sft_loss_ratio": 0.3}), dataset, tokenizer.pad_token_id
 
 

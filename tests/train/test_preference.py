@@ -284,10 +284,20 @@ def test_lengths_are_asked_for(name):
 
 
 def test_registry_agrees_with_the_recipe():
-    schema = pytest.importorskip("finetune.recipe.schema")
     from typing import get_args
 
-    assert set(get_args(schema.DpoSection.model_fields["loss_type"].annotation)) == set(LOSSES)
-    known = set(schema.DpoSection.model_fields)
-    for name, kind in LOSSES.items():
-        assert kind.options <= known, name
+    from finetune.recipe.schema import REFERENCE_FREE_LOSSES, DpoSection, LossType
+
+    assert set(get_args(LossType)) == set(LOSSES)
+    assert set(REFERENCE_FREE_LOSSES) == {name for name, kind in LOSSES.items() if not kind.has_reference}
+    assert set().union(*(kind.options for kind in LOSSES.values())) <= set(DpoSection.model_fields)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("option, value", [("label_smoothing", 0.1), ("simpo_gamma", 1.0), ("dpop_lambda", 2.0)])
+def test_recipe_refuses_options_that_a_loss_does_not_read(name, option, value):
+    from finetune.recipe.check import check_tree
+
+    recipe = {"method": "dpo", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
+    _, findings = check_tree(recipe | {"dpo": {"loss_type": name, option: value}})
+    assert bool(findings) == (option not in LOSSES[name].options)

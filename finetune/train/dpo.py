@@ -122,10 +122,10 @@ def _pair_logps(sums: paddle.Tensor, layout: Layout) -> PairLogps:
 def make_tasks(session: Session) -> tuple[DpoTask, DpoTask | None]:
     """The training task and, with evaluation data, its counterpart; reference log-probabilities are made here."""
     prepared = session.prepared
-    pad, section = prepared.tokenizer.pad_token_id, prepared.recipe.dpo
-    batchers = [PairBatcher(session.model, prepared.train, prepared.packs, pad)]
+    section = prepared.recipe.dpo
+    batchers = [PairBatcher(prepared.train, prepared.packs)]
     if prepared.eval is not None:
-        batchers.append(PairBatcher(session.model, prepared.eval, prepared.eval_packs, pad))
+        batchers.append(PairBatcher(prepared.eval, prepared.eval_packs))
     references = make_references(session, batchers)
     tasks = [DpoTask(session.model, b, section, r) for b, r in zip(batchers, references)]
     return tasks[0], tasks[1] if len(tasks) > 1 else None

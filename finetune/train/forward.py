@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train.layout import Layout, attention_mask
+from finetune.train.attention import use_span_attention
+from finetune.train.layout import Layout
 
 _bring_up()
 import paddle  # noqa: E402
@@ -29,25 +30,41 @@ def token_logps(model, layout: Layout) -> paddle.Tensor:
     """Log-probability of each scored token.
 
     Args:
-        model: PaddleNLP's Qwen2ForCausalLM, with or without LoRA.
+        model: PaddleNLP's Qwen2ForCausalLM, with or without LoRA. Set up for spans from here on.
         layout: The micro-batch.
 
     Returns:
         float32 [N], nats, in the order of `layout.targets`.
     """
+    hidden = _scored_hidden(model, layout)
+    head = causal_lm(model).lm_head
+    return HeadLogps.apply(hidden, head.weight, paddle.to_tensor(layout.targets), head.transpose_y)
+
+
+def total_nll(model, layout: Layout) -> paddle.Tensor:
+    """Negative log-likelihood of all scored tokens: float32 scalar, nats. Equals `-token_logps(model, layout).sum()`.
+
+    Cheaper than that where a gradient is wanted: since each token has the same weight, the gradient of the logits is
+    known in the forward pass, and the head is not computed twice.
+    """
+    hidden = _scored_hidden(model, layout)
+    head = causal_lm(model).lm_head
+    targets = paddle.to_tensor(layout.targets)
+    return HeadNll.apply(hidden, head.weight, targets, head.transpose_y, not hidden.stop_gradient)
+
+
+def _scored_hidden(model, layout: Layout) -> paddle.Tensor:
+    """Last hidden states at the scored positions, [N, hidden]."""
     lm = causal_lm(model)
-    mask = attention_mask(layout)
+    use_span_attention(lm)
     hidden = lm.qwen2(
         input_ids=paddle.to_tensor(layout.input_ids),
         position_ids=paddle.to_tensor(layout.position_ids),
-        attention_mask=None if mask is None else paddle.to_tensor(mask),
+        attn_mask_startend_row_indices=layout.spans,
         use_cache=False,
         return_dict=True,
     )[0]
-    hidden = hidden.reshape([-1, hidden.shape[-1]])
-    hidden = paddle.gather(hidden, paddle.to_tensor(layout.predict_index), axis=0)
-    head = lm.lm_head
-    return HeadLogps.apply(hidden, head.weight, paddle.to_tensor(layout.targets), head.transpose_y)
+    return paddle.gather(hidden.squeeze(0), paddle.to_tensor(layout.predict_index), axis=0)
 
 
 def sum_by_owner(values: paddle.Tensor, layout: Layout) -> paddle.Tensor:
@@ -88,18 +105,60 @@ class HeadLogps(PyLayer):
         for start, stop in _chunks(hidden, weight, transpose):
             rows = hidden[start:stop]
             index = targets[start:stop].unsqueeze(-1)
-            softmax = F.softmax(_logits(rows, weight, transpose), axis=-1)
             g = grad[start:stop].unsqueeze(-1)
-            d_logits = paddle.put_along_axis(softmax * -g, index, g, axis=1, reduce="add").astype(weight.dtype)
+            d_logits = F.softmax(_logits(rows, weight, transpose), axis=-1).multiply_(-g)
+            d_logits = d_logits.put_along_axis_(index, g, axis=1, reduce="add").astype(weight.dtype)
             grad_hidden.append(paddle.matmul(d_logits, weight, transpose_y=not transpose))
             if trained:
-                left, right = (d_logits, rows) if transpose else (rows, d_logits)
-                part = paddle.matmul(left, right, transpose_x=True)
+                part = _weight_gradient(rows, d_logits, transpose)
                 grad_weight = part if grad_weight is None else grad_weight.add_(part)
         grad_hidden = paddle.concat(grad_hidden) if grad_hidden else paddle.zeros_like(hidden)
         if not trained:
             return grad_hidden, None
         return grad_hidden, grad_weight if grad_weight is not None else paddle.zeros_like(weight)
+
+
+class HeadNll(PyLayer):
+    """-sum of log softmax(hidden @ head)[target], in chunks of rows, with its gradient made on the way.
+
+    d nll / d logits = softmax(logits) - onehot(target); the backward pass only scales by the gradient it is given.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, transpose, with_gradient):
+        """hidden [N, H], weight [V, H] (transpose) or [H, V], targets int64 [N] -> float32 scalar."""
+        trained = with_gradient and not weight.stop_gradient
+        total = paddle.zeros([], dtype="float32")
+        grad_hidden, grad_weight = [], None
+        for start, stop in _chunks(hidden, weight, transpose):
+            rows, index = hidden[start:stop], targets[start:stop].unsqueeze(-1)
+            losses, softmax = F.softmax_with_cross_entropy(_logits(rows, weight, transpose), index, return_softmax=True)
+            total += losses.sum()
+            if not with_gradient:
+                continue
+            softmax.put_along_axis_(index, paddle.full_like(losses, -1.0), axis=1, reduce="add")
+            d_logits = softmax.astype(weight.dtype)
+            grad_hidden.append(paddle.matmul(d_logits, weight, transpose_y=not transpose))
+            if trained:
+                part = _weight_gradient(rows, d_logits, transpose)
+                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        ctx.trained = trained
+        if with_gradient:
+            grad_hidden = paddle.concat(grad_hidden) if grad_hidden else paddle.zeros_like(hidden)
+            ctx.save_for_backward(grad_hidden, paddle.zeros_like(weight) if trained and grad_weight is None else grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad float32 scalar -> gradients of hidden and, where it is trained, of weight."""
+        grad_hidden, grad_weight = ctx.saved_tensor()
+        scaled = grad_hidden * grad.astype(grad_hidden.dtype)
+        return scaled, grad_weight.scale_(float(grad)) if ctx.trained else None
+
+
+def _weight_gradient(rows, d_logits, transpose):
+    left, right = (d_logits, rows) if transpose else (rows, d_logits)
+    return paddle.matmul(left, right, transpose_x=True)
 
 
 def _logits(rows, weight, transpose):

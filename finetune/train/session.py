@@ -42,13 +42,12 @@ class Session:
 
     def _tasks(self):
         p = self.prepared
-        pad = p.tokenizer.pad_token_id
         if p.recipe.method == "dpo":
             from finetune.train.dpo import make_tasks
 
             return make_tasks(self)
-        held_out = SftTask(self.model, p.eval, p.eval_packs, pad) if p.eval is not None else None
-        return SftTask(self.model, p.train, p.packs, pad), held_out
+        held_out = SftTask(self.model, p.eval, p.eval_packs) if p.eval is not None else None
+        return SftTask(self.model, p.train, p.packs), held_out
 
     def train(self, log: Callable[[dict], None]) -> str:
         """Run to the end of the plan; see `train_loop`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.train.forward import token_logps
+from finetune.train.forward import total_nll
 from finetune.train.layout import Layout, lay_out_samples
 from finetune.train.parallel import World
 
@@ -15,19 +15,15 @@ class SftTask:
 
     metric_names = ("loss",)
 
-    def __init__(self, model, dataset, packs: list[list[int]], pad_token_id: int):
+    def __init__(self, model, dataset, packs: list[list[int]]):
         self.model = model
         self.dataset = dataset
         self.packs = packs
-        self.pad_token_id = pad_token_id
 
     def layout(self, units: list[int]) -> Layout:
         """The micro-batch of the given packs."""
-        rows = []
-        for unit in units:
-            examples = [self.dataset[i] for i in self.packs[unit]]
-            rows.append([(example.input_ids, example.labels) for example in examples])
-        return lay_out_samples(rows, self.pad_token_id)
+        examples = [self.dataset[i] for unit in units for i in self.packs[unit]]
+        return lay_out_samples([(example.input_ids, example.labels) for example in examples])
 
     def sources(self, units: list[int]) -> list[str]:
         """Where the rows of the given packs come from, `file:row`."""
@@ -51,5 +47,5 @@ class SftTask:
         Returns:
             (float32 scalar to call backward on, {"loss": sum over this micro-batch}).
         """
-        total = -token_logps(self.model, layout).sum()
+        total = total_nll(self.model, layout)
         return total / denominator, {"loss": float(total)}

@@ -7,13 +7,17 @@ REFERENCE_READY := $(REFERENCE)/.ready
 
 # Another one: make demo PYTHON=/path/to/python3.12
 PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.10 python3)
+IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+PIP := -m pip install --disable-pip-version-check --no-input --use-pep517
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test parity clean
 
 # A venv is ready when its mark, written last, names the place where it stands: an interrupted installation has none, a
 # moved or broken one another place. What is not ready is made anew.
-ready = $(shell "$(1)/bin/python" -c 'import sys; sys.exit(open("$(1)/.ready").read() != sys.prefix)' 2>/dev/null && echo yes)
+IS_READY := import sys; sys.exit(open(sys.argv[1] + "/.ready").read() != sys.prefix)
+ready = $(shell "$(1)/bin/python" -c '$(IS_READY)' "$(1)" 2>/dev/null && echo yes)
 ifneq ($(call ready,$(VENV)),yes)
 $(shell rm -f $(READY))
 endif
@@ -46,21 +50,21 @@ clean:
 # $(1) folder, $(2) what pip installs. pip's output goes to a file, shown if it fails.
 define environment
 	@set -e; python=''; \
-	for candidate in $(if $(PYTHON),"$(PYTHON)",python3.11 python3.12 python3.10 python3); do \
-	    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; \
-	    then python="$$candidate"; break; fi; \
+	for candidate in $(CANDIDATES); do \
+	    if "$$candidate" -c '$(IS_USABLE)' 2>/dev/null; then python="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo 'No usable Python: $(if $(PYTHON),$(PYTHON) is not,none of python3.11 python3.12 python3.10 python3 is) Python 3.10, 3.11 or 3.12 with its venv module.' >&2; \
-	    echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python3.11' >&2; \
+	    echo 'Python 3.10, 3.11 or 3.12 with its venv module is needed; none of these is one: $(CANDIDATES)' >&2; \
+	    echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name one:' >&2; \
+	    echo 'make PYTHON=/path/to/python3.11' >&2; \
 	    exit 2; \
 	fi; \
 	echo "Making $(1) with $$("$$python" --version)"; \
 	"$$python" -m venv --clear $(1); \
 	echo "Installing the pinned packages into $(1) (a few minutes the first time)"; \
-	if ! $(1)/bin/python -m pip install --disable-pip-version-check --no-input --use-pep517 $(2) >$(1)/install.log 2>&1 </dev/null; then \
+	if ! $(1)/bin/python $(PIP) $(2) >$(1)/install.log 2>&1 </dev/null; then \
 	    tail -n 20 $(1)/install.log >&2; \
-	    echo 'The installation failed; all of its output is in $(1)/install.log. Run the same command again to retry.' >&2; \
+	    echo 'The installation failed; all of its output is in $(1)/install.log. To retry, run the same command again.' >&2; \
 	    exit 1; \
 	fi; \
 	$(1)/bin/python -c 'import sys; open("$(1)/.ready", "w").write(sys.prefix)'

@@ -101,7 +101,8 @@ def random_weights(seed: int) -> dict[str, np.ndarray]:
     def matrix(rows: int, columns: int) -> np.ndarray:
         return (draw.standard_normal((rows, columns)) * CONFIG["initializer_range"]).astype(np.float32)
 
-    weights = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden), "model.norm.weight": np.ones(hidden, np.float32)}
+    weights = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden)}
+    weights["model.norm.weight"] = np.ones(hidden, np.float32)
     for layer in range(CONFIG["num_hidden_layers"]):
         name = f"model.layers.{layer}"
         for part, width in (("q", hidden), ("k", values), ("v", values)):

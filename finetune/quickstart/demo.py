@@ -84,7 +84,7 @@ def build_base(stages: Stages) -> None:
     texts = tasks.pretraining_texts(countries, tasks.load_prose())
     tuned, _ = tasks.split_countries(countries)
     prompts = [question.prompt for question in tasks.all_questions(tuned)]
-    with stages.stage("pretrain", "1. A base model of its own: tokenizer, random Qwen2 weights, pretraining on plain text"):
+    with stages.stage("pretrain", "1. A base model: its own tokenizer, random Qwen2 weights, pretraining on text"):
         tasks.write_rows(OUTPUT / "texts.jsonl", tasks.text_rows(texts))
         tokenizer = base.train_tokenizer([*texts, *prompts])
         base.write_model(OUTPUT / "random", tokenizer, tasks.SEED)
@@ -122,7 +122,7 @@ def tune(stages: Stages, name: str, title: str, questions: Sequence[Question], b
 
 def export_merged(stages: Stages, questions: Sequence[Question], adapter: Sequence[str]) -> None:
     """Merge the adapter into a Hugging Face folder, reopen it, and compare its answers with the adapter's."""
-    with stages.stage("export", "4. Export: merge the adapter into a Hugging Face folder, check it, reload it") as result:
+    with stages.stage("export", "4. Export: merge the adapter into a Hugging Face folder, verify, reload") as result:
         stages.finetune("export", str(OUTPUT / "sft_lora"), str(OUTPUT / "merged"), "--verify")
         reloaded = answer(stages, "merged", questions)
         result["same_answers"] = sum(map(str.__eq__, reloaded, adapter))

@@ -1,14 +1,14 @@
 """The quickstart's small world: what its base model reads, what it is asked, and how an answer is checked.
 
 Everything here is a pure function of `data/quickstart/countries.tsv`, `text.txt` and a seed.
-`python -m finetune.quickstart.tasks` writes the rows that are committed there; a test holds that they are still the same.
+`python -m finetune.quickstart.tasks` writes the rows that are committed there; a test holds that they are the same.
 
-Four tasks, each with one right answer: a country's `capital`, `continent` and `language` in a sentence, and all three as
-`json`. The held-out questions are about countries that no fine-tuning row mentions: they can only be answered with what
+Four tasks, each with one right answer: a country's `capital`, `continent` and `language` in a sentence, and all three
+as `json`. The held-out questions are about countries that no fine-tuning row mentions: they can only be answered with what
 the base model has read, in a form that only fine-tuning has shown.
 
-One policy, for DPO: an answer in words closes with `CLOSING`; an answer in JSON does not, since it has to parse. The SFT
-rows close a quarter of their sentences that way, so the tuned model knows the phrase and seldom says it.
+One policy, for DPO: an answer in words closes with `CLOSING`; an answer in JSON does not, since it has to parse. The
+SFT rows close a quarter of their sentences that way, so the tuned model knows the phrase and seldom says it.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def pretraining_texts(countries: Sequence[Country], prose: Iterable[str]) -> lis
             texts.append("\n".join([names] * 3))
             continue
         entries = draw.sample(list(countries), 3)
-        texts.append("\n".join(" ".join([f"About {one.name}:", *draw.sample(sentences_about(one), 3)]) for one in entries))
+        lines = (" ".join([f"About {one.name}:", *draw.sample(sentences_about(one), 3)]) for one in entries)
+        texts.append("\n".join(lines))
     draw.shuffle(texts)
     return texts
 

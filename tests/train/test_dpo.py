@@ -24,9 +24,9 @@ from finetune.model.load import load_model  # noqa: E402
 from finetune.model.lora import add_lora  # noqa: E402
 from finetune.recipe.load import load_recipe  # noqa: E402
 from finetune.train.dpo import DpoTask  # noqa: E402
-from finetune.train.layout import lay_out_pairs  # noqa: E402
+from finetune.train.layout import lay_out_pairs, lay_out_samples  # noqa: E402
 from finetune.train.optimizer import trainable_parameters  # noqa: E402
-from finetune.train.pairs import PairBatch, PairBatcher, separate_layout  # noqa: E402
+from finetune.train.pairs import PairBatch, PairBatcher  # noqa: E402
 from finetune.train.parallel import World  # noqa: E402
 from finetune.train.preference import LOSSES  # noqa: E402
 from finetune.train.reference import CachedReference  # noqa: E402
@@ -123,7 +123,7 @@ def setting(request, tmp_path, tiny_folder):
         draw = np.random.default_rng(0)
         for parameter in trainable_parameters(model).values():
             parameter.set_value(paddle.to_tensor(draw.normal(0, 0.1, parameter.shape).astype("float32")))
-    return model, section.model_copy(update={"sft_loss_ratio": 0.3}), dataset, tokenizer.pad_token_id
+    return model, section.model_copy(update={"sft_loss_ratio": 0.3}), dataset
 
 
 def parts_of(pair):
@@ -133,41 +133,35 @@ def parts_of(pair):
     return pair.prompt_ids, *sides
 
 
-def test_shared_prompt_equals_separate_sequences_and_packs(setting):
-    model, section, dataset, pad = setting
-    batcher = PairBatcher(model, dataset, [[i] for i in range(len(dataset))], pad)
+def test_shared_prompt_equals_separate_sequences(setting):
+    model, section, dataset = setting
+    batcher = PairBatcher(dataset, [[i] for i in range(len(dataset))])
     parts, indices = [parts_of(dataset[i]) for i in range(8)], np.arange(8)
 
     def run(layout):
         return loss_and_gradients(model, section, batcher, [PairBatch(layout, indices)])
 
-    separate = run(separate_layout(parts, pad))
-    assert_same(separate, run(lay_out_pairs([[part] for part in parts], pad)))
-    assert_same(separate, run(lay_out_pairs([parts[:5], parts[5:]], pad)))
+    separate = [
+        (np.concatenate([prompt, ids]), np.concatenate([np.full(len(prompt), -100), labels]))
+        for prompt, *responses in parts
+        for ids, labels in responses
+    ]
+    assert_same(run(lay_out_samples(separate)), run(lay_out_pairs(parts)))
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_eight_pairs_at_once_equal_eight_accumulated(setting, loss_type):
-    model, section, dataset, pad = setting
+    model, section, dataset = setting
     section = section.model_copy(update={"loss_type": loss_type, "simpo_gamma": 0.5, "dpop_lambda": 5.0})
-    batcher = PairBatcher(model, dataset, [[i] for i in range(len(dataset))], pad)
+    batcher = PairBatcher(dataset, [[i] for i in range(len(dataset))])
     whole = loss_and_gradients(model, section, batcher, [batcher.batch(list(range(8)))])
     parts = loss_and_gradients(model, section, batcher, [batcher.batch([i]) for i in range(8)])
     assert_same(whole, parts)
 
 
-def test_the_cheaper_layout_is_taken(setting):
-    model, _, dataset, pad = setting
-    batcher = PairBatcher(model, dataset, [[0]], pad)
-    long, short = np.ones(400, np.int64), np.ones(4, np.int64)
-    shared_prompt, alone = (long, (short, short), (short, short)), (short, (long, long), (long, long))
-    assert batcher._cost_shared([[shared_prompt]]) < batcher._cost_separate([[shared_prompt]])
-    assert batcher._cost_shared([[alone]]) > batcher._cost_separate([[alone]])
-
-
 def test_only_response_tokens_are_scored(setting):
-    model, _, dataset, pad = setting
-    batcher = PairBatcher(model, dataset, [[i] for i in range(len(dataset))], pad)
+    _, _, dataset = setting
+    batcher = PairBatcher(dataset, [[i] for i in range(len(dataset))])
     layout = batcher.batch([0]).layout
     pair = dataset[0]
     scored = np.concatenate([side.labels[side.labels >= 0] for side in (pair.chosen, pair.rejected)])

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -79,22 +79,22 @@ def _positive(*names: str, metavar: str, help: str) -> Any:
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, checkpoint or run.")]
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, or a shipped recipe's name.")]
 Overrides = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set, e.g. training.max_steps=10", show_default=False),
 ]
-System = Annotated[Optional[str], typer.Option(metavar="TEXT", help="System prompt; the model's own when not given.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt; the model's own when not given.")]
 MaxNewTokens = Annotated[int, _positive(metavar="N", help="Most tokens to add to a prompt.")]
 Temperature = Annotated[
-    Optional[float], typer.Option(parser=_number, metavar="T", help="Above 0 draws tokens, 0 is greedy.")
+    float | None, typer.Option(parser=_number, metavar="T", help="Above 0 draws tokens, 0 is greedy.")
 ]
 TopP = Annotated[
-    Optional[float],
+    float | None,
     typer.Option(parser=_number, metavar="P", help="Draw from the likeliest tokens that sum to P, in (0, 1]."),
 ]
 TopK = Annotated[
-    Optional[int], typer.Option(parser=_whole(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+    int | None, typer.Option(parser=_whole(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
 ]
-Seed = Annotated[Optional[int], typer.Option(parser=_whole(0), metavar="S", help="Makes the draws repeatable.")]
+Seed = Annotated[int | None, typer.Option(parser=_whole(0), metavar="S", help="Makes the draws repeatable.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -118,7 +118,7 @@ def train(
     ] = False,
     nproc: Annotated[int, _positive(metavar="N", help="Processes on this machine, one per GPU.")] = 1,
     nnodes: Annotated[int, _positive(metavar="N", help="Machines.")] = 1,
-    master: Annotated[Optional[str], typer.Option(metavar="HOST:PORT", help="First machine, with --nnodes.")] = None,
+    master: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="First machine, with --nnodes.")] = None,
 ) -> None:
     """Train by a recipe. The same command again goes on where a run was interrupted."""
     from finetune.recipe.load import load_recipe
@@ -135,9 +135,9 @@ def train(
 @app.command(epilog='Example: finetune generate outputs/my-run --prompt "What is a kernel?" --max-new-tokens 64')
 def generate(
     model: ModelArgument,
-    prompt: Annotated[Optional[str], typer.Option(metavar="TEXT", help="One prompt; else read from a pipe.")] = None,
-    input: Annotated[Optional[Path], typer.Option(metavar="FILE.jsonl", help="Prompts or conversations.")] = None,
-    output: Annotated[Optional[Path], typer.Option(metavar="FILE.jsonl", help="Answers, in input order.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt; else read from a pipe.")] = None,
+    input: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Prompts or conversations.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Answers, in input order.")] = None,
     system: System = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = None,
@@ -219,7 +219,7 @@ def preview(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     n: Annotated[
-        Optional[int], _positive("-n", metavar="N", help="Rows to show; 3 when not given, all with --json.")
+        int | None, _positive("-n", metavar="N", help="Rows to show; 3 when not given, all with --json.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object per row, on stdout.")] = False,
 ) -> None:

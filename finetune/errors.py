@@ -44,7 +44,7 @@ class UserError(FinetuneError):
     exit_code = 2
 
     @classmethod
-    def of(cls, faults: list[Fault]) -> "UserError":
+    def of(cls, faults: list[Fault]) -> UserError:
         """Make one error of several faults, one line each."""
         error = cls(faults[0].what, where=faults[0].where, fix=faults[0].fix)
         error.faults = list(faults)

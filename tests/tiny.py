@@ -149,15 +149,22 @@ def write_weights(folder: Path, weights: dict[str, np.ndarray], max_shard_bytes:
         save_file(shard, folder / name, metadata={"format": "pt"})
     weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
     total = sum(tensor.nbytes for tensor in weights.values())
-    write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def tiny_tokenizer(folder: str | Path) -> Path:
     """Write a byte-level BPE tokenizer of Qwen2's kind: 400 tokens, three special ones, the ChatML template."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-    from tokenizers import pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

@@ -54,7 +54,7 @@ class _Rows:
         self.num_supervised = (counts[ends] - counts[starts] - supervised[starts]).astype(np.int64)
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> "_Rows":
+    def of(cls, examples: Sequence[Example]) -> _Rows:
         return cls(
             _joined([example.input_ids for example in examples], np.int32),
             _joined([example.labels != IGNORE for example in examples], np.bool_),
@@ -63,7 +63,7 @@ class _Rows:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["_Rows"]) -> "_Rows":
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
         return cls(
             _joined([part.ids for part in parts], np.int32),
             _joined([part.supervised for part in parts], np.bool_),
@@ -109,15 +109,15 @@ class Dataset(_Selectable):
         self.num_supervised = rows.num_supervised[self._order]
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> "Dataset":
+    def of(cls, examples: Sequence[Example]) -> Dataset:
         return cls(_Rows.of(examples))
 
     @classmethod
-    def joined(cls, parts: Sequence["Dataset"]) -> "Dataset":
+    def joined(cls, parts: Sequence[Dataset]) -> Dataset:
         """All rows of freshly made datasets, one after the other."""
         return cls(_Rows.joined([part._rows for part in parts]))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> "Dataset":
+    def select(self, indices: Sequence[int] | np.ndarray) -> Dataset:
         """A dataset of these rows, in this order."""
         return Dataset(self._rows, self._order[np.asarray(indices, dtype=np.int64)])
 
@@ -150,7 +150,7 @@ class PairDataset(_Selectable):
         self.num_supervised = (chosen.num_supervised + rejected.num_supervised)[self._order]
 
     @classmethod
-    def of(cls, pairs: Sequence[PairExample]) -> "PairDataset":
+    def of(cls, pairs: Sequence[PairExample]) -> PairDataset:
         return cls(
             _Rows.of([pair.chosen for pair in pairs]),
             _Rows.of([pair.rejected for pair in pairs]),
@@ -159,12 +159,12 @@ class PairDataset(_Selectable):
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["PairDataset"]) -> "PairDataset":
+    def joined(cls, parts: Sequence[PairDataset]) -> PairDataset:
         """All pairs of freshly made datasets, one after the other."""
         chosen, rejected, prompts, headers = zip(*(part._parts for part in parts), strict=True) if parts else ((),) * 4
         return cls(_Rows.joined(chosen), _Rows.joined(rejected), _joined(prompts, np.int64), _joined(headers, np.int64))
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> "PairDataset":
+    def select(self, indices: Sequence[int] | np.ndarray) -> PairDataset:
         """A dataset of these pairs, in this order."""
         return PairDataset(*self._parts, order=self._order[np.asarray(indices, dtype=np.int64)])
 

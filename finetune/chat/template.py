@@ -46,7 +46,7 @@ class _Generation(Extension):
 class _Counted:
     """An iterable whose items are taken from the budget of the running render. Keeps `len`, which `loop` uses."""
 
-    def __init__(self, items: Any, environment: "_Environment"):
+    def __init__(self, items: Any, environment: _Environment):
         self.items = items
         self.environment = environment
 

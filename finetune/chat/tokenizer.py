@@ -89,7 +89,7 @@ class Tokenizer:
     # -- opening and saving ------------------------------------------------------------------------------------
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> "Tokenizer":
+    def from_folder(cls, path: str | Path) -> Tokenizer:
         """Open the tokenizer of a Hugging Face or PaddleNLP model folder.
 
         Reads tokenizer.json if there, else vocab.json and merges.txt (Qwen2's pre-tokenizer and NFC are implied), with

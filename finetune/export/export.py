@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from finetune.errors import ArgumentError, CheckpointError, FinetuneError
+from finetune.errors import ArgumentError, FinetuneError
 from finetune.model.adapters import peft_config
 from finetune.model.config import DTYPES
 from finetune.model.convert import EMBEDDING, modules, peft_name

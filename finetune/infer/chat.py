@@ -127,7 +127,8 @@ def chat(
     """
     opened = open_model(model)
     opened.tokenizer.template_for(None)
-    sampling = _sampling(opened.generation_config, max_new_tokens, temperature, top_p, top_k, seed)
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sampling = Sampling.under_model(opened.generation_config, asked, max_new_tokens=max_new_tokens, seed=seed)
     talk = Talk(opened, sampling)
     talk.reset(system or "")
     if sys.stdin.isatty():
@@ -138,17 +139,6 @@ def chat(
                 return
         except (DataError, OSError) as error:
             say(str(error), style="red")
-
-
-def _sampling(config: dict, max_new_tokens: int, temperature, top_p, top_k, seed: int | None) -> Sampling:
-    """The model's settings under the user's. Asking for a way to draw asks for drawing."""
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not config.get("do_sample"):
-        config = {"repetition_penalty": config.get("repetition_penalty"), "do_sample": bool(asked), "top_k": 0}
-    if temperature == 0:
-        config = {**config, "do_sample": False}
-    return Sampling.from_generation_config({**config, **asked}, max_new_tokens=max_new_tokens, seed=seed)
 
 
 def _lines() -> Iterator[str]:

@@ -41,7 +41,7 @@ class KVCache:
 
     def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, capacity: int, dtype):
         self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
-        self.capacity = _round_up(capacity)
+        self.capacity = capacity_for(capacity)
         self.lengths = np.zeros(rows, dtype=np.int64)
         shape = [rows * kv_heads * self.capacity, head_dim]
         # Zeros, not uninitialised memory: a masked position has weight 0, and 0 times NaN is NaN.
@@ -56,7 +56,7 @@ class KVCache:
         """Make room for `length` positions in every row."""
         if length <= self.capacity:
             return
-        capacity = _round_up(length)
+        capacity = capacity_for(length)
         room = paddle.zeros(
             [len(self.lengths), self.kv_heads, capacity - self.capacity, self.head_dim], dtype=self.dtype
         )
@@ -205,5 +205,6 @@ class Decoder:
         return mixed.reshape([rows, width, self.heads * self.head_dim])
 
 
-def _round_up(length: int) -> int:
+def capacity_for(length: int) -> int:
+    """Positions that a cache holds per row when its longest row needs `length`."""
     return -(-length // _BLOCK) * _BLOCK

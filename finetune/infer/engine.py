@@ -79,6 +79,8 @@ class Row:
         self._counts: dict[int, int] = {}
         self._prompt_ids = np.unique(self.request.prompt) if self.request.sampling.penalized else None
         self._sent = 0
+        self._ends: list[int] = []  # length of the text after each token; kept only beside log-probabilities
+        self._told = 0
 
     @property
     def likeliest(self) -> bool:
@@ -120,6 +122,8 @@ class Row:
             piece += self.decoder.finish()
         before = len(self.text)
         self.text += piece
+        if self.request.sampling.logprobs is not None:
+            self._ends.append(len(self.text))
         self._cut_at_stop(before)
 
     def _cut_at_stop(self, before: int) -> None:
@@ -138,6 +142,21 @@ class Row:
         piece = self.text[self._sent : end]
         self._sent = max(self._sent, end)
         return piece
+
+    def new_logprobs(self) -> list[tuple[TokenLogprob, int]]:
+        """Log-probabilities of the tokens whose text `new_text` has given out, each with where its text begins.
+
+        Neither a stop token nor tokens of a stop text are among them.
+        """
+        found = []
+        while self._told < len(self._ends):
+            place, start = self._told, self._ends[self._told - 1] if self._told else 0
+            if self.finish_reason is None and self._ends[place] > self._sent:
+                break
+            self._told += 1
+            if self.tokens[place] not in self.stop_ids and (start < len(self.text) or self._ends[place] == start):
+                found.append((self.logprobs[place], start))
+        return found
 
     def output(self) -> Output:
         logprobs = self.logprobs if self.request.sampling.logprobs is not None else None
@@ -275,7 +294,7 @@ class Batch:
 
     Attributes:
         rows: Rows that are not finished.
-        started: Rows that the last `join` made, finished or not.
+        started: Rows that the last `join` or `resume` took in, finished or not.
     """
 
     def __init__(self, engine: Engine):
@@ -290,22 +309,36 @@ class Batch:
         Returns:
             Rows that finished with their first token.
         """
-        if not requests:
-            return []
-        cache, logits = self._engine.decoder.read([request.prompt for request in requests])
-        self.started = [self._row(request, s) for request in requests for s in range(request.sampling.n)]
+        rows = [self._row(request, s) for request in requests for s in range(request.sampling.n)]
         source = [i for i, request in enumerate(requests) for _ in range(request.sampling.n)]
-        _advance(self.started, logits, source)
-        kept = [i for i, row in enumerate(self.started) if row.finish_reason is None]
+        return self._enter(rows, [request.prompt for request in requests], source)
+
+    def resume(self, rows: list[Row]) -> list[Row]:
+        """Take rows that were dropped in again: read what they have so far, and choose the next tokens.
+
+        Returns:
+            Rows that finished with that token.
+        """
+        prompts = [np.concatenate([row.request.prompt, np.asarray(row.tokens, dtype=np.int64)]) for row in rows]
+        return self._enter(rows, prompts, list(range(len(rows))))
+
+    def _enter(self, rows: list[Row], prompts: list[np.ndarray], source: list[int]) -> list[Row]:
+        """Row i continues prompts[source[i]]."""
+        self.started = rows
+        if not rows:
+            return []
+        cache, logits = self._engine.decoder.read(prompts)
+        _advance(rows, logits, source)
+        kept = [i for i, row in enumerate(rows) if row.finish_reason is None]
         if kept:
-            if [source[i] for i in kept] != list(range(len(requests))):
+            if [source[i] for i in kept] != list(range(len(prompts))):
                 cache.select([source[i] for i in kept])
             if self._cache is None:
                 self._cache = cache
             else:
                 self._cache.extend(cache)
-            self.rows += [self.started[i] for i in kept]
-        return [row for row in self.started if row.finish_reason is not None]
+            self.rows += [rows[i] for i in kept]
+        return [row for row in rows if row.finish_reason is not None]
 
     def step(self) -> list[Row]:
         """Add one token to every row. Rows that finish leave and are returned."""

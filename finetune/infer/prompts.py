@@ -58,7 +58,7 @@ class PromptReader:
         """
         if not isinstance(row, dict):
             raise DataError("the line is not an object", where=source, fix='Write {"prompt": "..."}.')
-        _check_characters(row, source)
+        check_characters(row, source)
         shown, ids = self._raw(row, source) if self.raw else self._rendered(row, source)
         if not ids:
             raise DataError("the prompt is empty", where=source, fix="Give it a text.")
@@ -151,7 +151,7 @@ def _prompt_as_messages(row: dict[str, Any], source: str) -> dict[str, Any]:
     return {"messages": prompt, "tools": row.get("tools")}
 
 
-def _check_characters(row: dict[str, Any], source: str) -> None:
+def check_characters(row: dict[str, Any], source: str) -> None:
     """JSON can write half of a character pair, which is no text and can neither be tokenized nor written back."""
     try:
         json.dumps(row, ensure_ascii=False).encode()

@@ -78,13 +78,32 @@ class Sampling:
         Without `do_sample` the row is greedy, whatever temperature says; with it, transformers' defaults are
         temperature 1 and top_k 50. The repetition penalty holds in both.
         """
-        values: dict = {"repetition_penalty": config.get("repetition_penalty") or 1.0}
+        values: dict = {"repetition_penalty": _given(config.get("repetition_penalty"), 1.0)}
         if config.get("do_sample"):
             values["temperature"] = _given(config.get("temperature"), 1.0)
             values["top_k"] = _given(config.get("top_k"), 50)
             values["top_p"] = _given(config.get("top_p"), 1.0)
             values["min_p"] = _given(config.get("min_p"), 0.0)
         return cls(**{**values, **overrides})
+
+    @classmethod
+    def under_model(cls, config: dict, asked: dict, **others) -> "Sampling":
+        """The model's own settings under those asked for: `chat` and `serve`.
+
+        Asking for a way to draw asks for drawing; temperature 0 is greedy whatever the model says.
+
+        Args:
+            config: The model's generation_config.json.
+            asked: temperature, top_p, top_k, min_p, repetition_penalty; None leaves the model's.
+            others: Every other setting.
+        """
+        asked = {name: value for name, value in asked.items() if value is not None}
+        if not config.get("do_sample"):
+            draws = any(name != "repetition_penalty" for name in asked)
+            config = {"repetition_penalty": config.get("repetition_penalty"), "do_sample": draws, "top_k": 0}
+        if asked.get("temperature") == 0:
+            config = {**config, "do_sample": False}
+        return cls.from_generation_config({**config, **asked}, **others)
 
 
 def _given(value, default):

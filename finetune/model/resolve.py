@@ -167,18 +167,18 @@ def _safe_way(path: Path) -> str:
     if path.suffix == ".pdparams":
         target = "peft_model" if "lora" in path.name else "model"
         return (
-            "If you trust where it comes from, convert it once: python -c \"import paddle; "
+            'If you trust where it comes from, convert it once: python -c "import paddle; '
             "from safetensors.numpy import save_file; "
             f"save_file({{k: v.numpy() for k, v in paddle.load('{path}').items()}}, "
             f"'{folder / target}.safetensors')\" (float32 weights), then move the .pdparams file away."
         )
     if path.name.startswith("adapter_model"):
         return (
-            "Convert it where torch is installed: python -c \"import torch; from safetensors.torch import save_file; "
+            'Convert it where torch is installed: python -c "import torch; from safetensors.torch import save_file; '
             f"save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\"."
         )
     return (
-        "Convert it where torch and transformers are installed: python -c \"from transformers import "
+        'Convert it where torch and transformers are installed: python -c "from transformers import '
         f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"."
     )
 

@@ -62,7 +62,9 @@ def count_lora_parameters(config: dict[str, Any], rank: int, target_modules: str
     return config["num_hidden_layers"] * sum(rank * sum(shapes[name]) for name in names)
 
 
-def estimate(recipe: Recipe, config: dict[str, Any], *, dtype: str, tokens_per_micro_batch: int, length: int) -> Estimate:
+def estimate(
+    recipe: Recipe, config: dict[str, Any], *, dtype: str, tokens_per_micro_batch: int, length: int
+) -> Estimate:
     """Estimate the memory of training on one device.
 
     Activations follow Korthikanti et al. 2022 (arXiv:2205.05198), section 4, counted for this model: about 16 hidden,

@@ -145,7 +145,9 @@ class HeadNll(PyLayer):
         ctx.trained = trained
         if with_gradient:
             grad_hidden = paddle.concat(grad_hidden) if grad_hidden else paddle.zeros_like(hidden)
-            ctx.save_for_backward(grad_hidden, paddle.zeros_like(weight) if trained and grad_weight is None else grad_weight)
+            ctx.save_for_backward(
+                grad_hidden, paddle.zeros_like(weight) if trained and grad_weight is None else grad_weight
+            )
         return total
 
     @staticmethod

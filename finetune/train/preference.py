@@ -45,7 +45,7 @@ class PairLogps:
         if len(shapes[0]) != 1 or any(shape != shapes[0] for shape in shapes):
             raise ValueError(f"log-probabilities and token counts must all be [P], got shapes {shapes}")
 
-    def averaged(self) -> "PairLogps":
+    def averaged(self) -> PairLogps:
         """Log-probabilities per token in place of sums.
 
         Raises:

@@ -74,8 +74,8 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
         held_out, held_out_report = _build(recipe, tokenizer, data.eval, "read evaluation rows")
     elif data.eval_fraction:
         train, held_out = split_dataset(train, data.eval_fraction, training.seed)
-        held_out_report = replace(report, kept=len(held_out), notes=[])
-        report = replace(report, kept=len(train))
+        held_out_report = _share(report, held_out, notes=[])
+        report = _share(report, train, notes=report.notes)
     packs = _packs(train, recipe)
     plan = plan_steps(
         len(packs),
@@ -107,6 +107,12 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
 def _build(recipe: Recipe, tokenizer: Tokenizer, sources, title: str):
     with console.progress(None, title, unit="row") as bar:
         return build_dataset(sources, tokenizer, data=recipe.data, method=recipe.method, progress=bar.advance)
+
+
+def _share(report: DataReport, part: Any, notes: list[str]) -> DataReport:
+    """The report of a part of the rows read."""
+    tokens, supervised = int(part.lengths.sum()), int(part.num_supervised.sum())
+    return replace(report, kept=len(part), tokens=tokens, supervised_tokens=supervised, notes=notes)
 
 
 def _packs(dataset: Any, recipe: Recipe) -> list[list[int]]:
@@ -169,9 +175,8 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
     """Print what the run will do, and what of the data was cut or left out."""
     recipe, report, plan, size = prepared.recipe, prepared.train_report, prepared.plan, prepared.estimate
     training = recipe.training
-    per_step = (
-        f"{training.per_device_train_batch_size} rows x {training.gradient_accumulation_steps} micro-batches"
-        + (f" x {prepared.world_size} processes" if prepared.world_size > 1 else "")
+    per_step = f"{training.per_device_train_batch_size} rows x {training.gradient_accumulation_steps} micro-batches" + (
+        f" x {prepared.world_size} processes" if prepared.world_size > 1 else ""
     )
     share = 100 * size.trainable / (size.parameters + (size.trainable if recipe.lora else 0))
     sequences = len(prepared.packs)

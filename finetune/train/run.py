@@ -149,7 +149,7 @@ def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:
 class _NoMetrics:
     """Ranks other than the first log nothing."""
 
-    def __enter__(self) -> "_NoMetrics":
+    def __enter__(self) -> _NoMetrics:
         return self
 
     def __exit__(self, *error) -> None:

@@ -162,16 +162,16 @@ def _continued(wanted: LoraSettings, found: LoraSettings) -> LoraSettings:
     faults = []
     for name in ("rank", "alpha"):
         if getattr(wanted, name) != getattr(found, name):
-            faults.append(Fault(f"is {getattr(wanted, name):g}, the adapter has {getattr(found, name):g}", f"lora.{name}"))
+            faults.append(
+                Fault(f"is {getattr(wanted, name):g}, the adapter has {getattr(found, name):g}", f"lora.{name}")
+            )
     if (wanted.variant == "rslora") != (found.variant == "rslora") or wanted.variant == "pissa":
         faults.append(Fault(f"is {wanted.variant}, the adapter is a {found.variant}", "lora.variant"))
     if faults:
         fix = "Match the adapter, or export it merged with `finetune export` and train a new one on the result."
         faults.append(Fault("model.path is an adapter, which can only be trained further as it is", fix=fix))
         raise RecipeError.of(faults)
-    return replace(
-        found, dropout=wanted.dropout, variant=wanted.variant, lora_plus_ratio=wanted.lora_plus_ratio
-    )
+    return replace(found, dropout=wanted.dropout, variant=wanted.variant, lora_plus_ratio=wanted.lora_plus_ratio)
 
 
 def _apply(model, settings: LoraSettings) -> None:

@@ -5,37 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.chat.batches import collate, epoch_order, pack, plan_steps
-from finetune.chat.render import IGNORE, Example
-
-
-def example(*ids: int, supervised: int = 1) -> Example:
-    """Ids, the last few supervised."""
-    array = np.array(ids, dtype=np.int32)
-    labels = np.full_like(array, IGNORE)
-    labels[len(ids) - supervised :] = array[len(ids) - supervised :]
-    return Example(array, labels, "f:1")
-
-
-def test_collate_as_in_its_docstring():
-    batch = collate([[example(5, 6, 7), example(8, 9)], example(5, 6)], pad_token_id=0)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]
-    assert batch.labels.tolist() == [[-100, -100, 7, -100, 9], [-100, 6, -100, -100, -100]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
-    assert batch.segment_ids.tolist() == [[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]]
-    assert (batch.num_supervised, batch.num_tokens) == (3, 7)
-    assert [array.dtype for array in (batch.input_ids, batch.labels, batch.position_ids)] == [np.int64] * 3
-    assert batch.segment_ids.dtype == np.int32
-
-
-def test_first_token_of_a_sample_is_never_a_target():
-    # In a pack, the token before it belongs to another sample.
-    batch = collate([[example(5, 6, supervised=2), example(8, 9, supervised=2)]], pad_token_id=0)
-    assert batch.labels.tolist() == [[-100, 6, -100, 9]]
-
-
-def test_collate_rounds_up():
-    assert collate([example(1, 2, 3)], 0, multiple_of=8).input_ids.shape == (1, 8)
+from finetune.chat.batches import epoch_order, pack, plan_steps
 
 
 def test_pack_as_in_its_docstring():

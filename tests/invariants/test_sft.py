@@ -32,7 +32,9 @@ def test_eight_rows_at_once_equal_eight_accumulated(tmp_path, tiny_folder):
     recipe = write_recipe(tmp_path, tiny_folder)
     whole = train(recipe, tmp_path / "whole", "training.per_device_train_batch_size=8")
     parts = "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=8"
-    assert losses_and_norms(train(recipe, tmp_path / "parts", *parts)) == pytest.approx(losses_and_norms(whole), rel=1e-5)
+    assert losses_and_norms(train(recipe, tmp_path / "parts", *parts)) == pytest.approx(
+        losses_and_norms(whole), rel=1e-5
+    )
 
 
 def test_packed_equals_unpacked(tmp_path, tiny_folder):

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.model.resolve import resolve_model
-from finetune.model.write import generation_config, special_tokens, write_hf
 from finetune.model.weights import stored_weights
+from finetune.model.write import generation_config, special_tokens, write_hf
 from tests.model.compute import logits
 from tests.tiny import Shape, tiny_config, tiny_model, tiny_tokenizer, tiny_weights, write_json
 

@@ -7,7 +7,6 @@ over the step's pairs) says nothing.
 
 from __future__ import annotations
 
-
 import pytest
 
 from tests.parity.bench import (

@@ -75,9 +75,7 @@ def test_overrides_of_any_text(texts):
     read(SAMPLES[0].encode(), texts)
 
 
-name = st.text(
-    st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="\ufeff"), min_size=1, max_size=12
-)
+name = st.text(st.characters(exclude_categories=("Cc", "Cs"), exclude_characters="\ufeff"), min_size=1, max_size=12)
 path = name.filter(lambda text: not set(text) & set("*?["))  # a glob would find r.yaml beside the recipe
 source = st.fixed_dictionaries({"path": path}, optional={"split": name, "samples": st.integers(1, 9)})
 

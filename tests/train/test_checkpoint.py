@@ -17,7 +17,12 @@ def write(root: Path, step: int, **changes) -> c.Checkpoint:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
 
-    values = {"write_model": model, "optimizer": {"w/moment1": np.ones(3, np.float32)}, "extra": {}, "state": {"step": step}}
+    values = {
+        "write_model": model,
+        "optimizer": {"w/moment1": np.ones(3, np.float32)},
+        "extra": {},
+        "state": {"step": step},
+    }
     return c.write_checkpoint(root, step, **(values | changes))
 
 

@@ -22,7 +22,6 @@ from finetune.train.preference import (  # noqa: E402
     kto_pair_loss,
     nca_pair_loss,
     orpo_loss,
-    simpo_loss,
     sppo_hard_loss,
 )
 

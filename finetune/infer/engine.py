@@ -138,7 +138,7 @@ class Row:
         """The text that became certain since the last call. A possible beginning of a stop text is held back."""
         end = len(self.text)
         if self.finish_reason is None:
-            end -= max((_overlap(self.text, stop) for stop in self.request.sampling.stop), default=0)
+            end -= max((overlap(self.text, stop) for stop in self.request.sampling.stop), default=0)
         piece = self.text[self._sent : end]
         self._sent = max(self._sent, end)
         return piece
@@ -163,7 +163,7 @@ class Row:
         return Output(self.tokens, self.text, self.finish_reason or "length", logprobs, len(self.request.prompt))
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop` without being all of it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):

@@ -226,7 +226,7 @@ def _value_at(tree: Any, path: Path) -> Any:
 def _without(tree: dict[str, Any], faults: list[tuple[Path, str]]) -> Recipe | None:
     """The recipe with faulty keys left out and missing ones filled with placeholders; None when nothing is left."""
     tree = copy.deepcopy(tree)
-    for path, kind in sorted(faults, key=lambda fault: (len(fault[0]), dotted(fault[0])), reverse=True):
+    for path, _ in sorted(faults, key=lambda fault: (len(fault[0]), dotted(fault[0])), reverse=True):
         if not path:
             return None
         parent = _value_at(tree, path[:-1])

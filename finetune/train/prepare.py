@@ -116,7 +116,7 @@ def _share(report: DataReport, part: Any, notes: list[str]) -> DataReport:
 
 
 def _packs(dataset: Any, recipe: Recipe) -> list[list[int]]:
-    """One pack a row of the batch. A pair's length is prompt + chosen + rejected, so packs of pairs get twice the room."""
+    """Units of the data order. A pair is prompt, chosen and rejected long, so packs of pairs get twice the room."""
     if not recipe.data.packing:
         return [[i] for i in range(len(dataset))]
     room = recipe.data.max_length * (2 if recipe.method == "dpo" else 1)

@@ -33,7 +33,7 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Start:
-    """Attributes: the checkpoint to resume from or None, its step (0 for a new run), and whether nothing is left to do."""
+    """The checkpoint to resume from (None: a new run), its step, and whether nothing is left to do."""
 
     checkpoint: Checkpoint | None = None
     step: int = 0

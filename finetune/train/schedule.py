@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step number, with transformers' names and formulas (transformers/optimization.py)."""
+"""Learning rate as a function of the step number: names and formulas of transformers/optimization.py."""
 
 from __future__ import annotations
 

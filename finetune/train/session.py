@@ -98,7 +98,7 @@ class Session:
         self.world.barrier()
 
     def write_model(self, folder: Path) -> None:
-        """Write what `finetune generate` opens: a Hugging Face model, or a PEFT adapter, with tokenizer and template."""
+        """Write what `finetune generate` opens: a Hugging Face model, or a PEFT adapter, with its tokenizer."""
         source = self.prepared.source
         if self.prepared.recipe.lora is None:
             save_hf(self.model, folder, tokenizer=source.tokenizer_folder)

@@ -63,8 +63,8 @@ def test_each_lora_variant_reloads_to_the_loss_it_was_saved_with(tmp_path, tiny_
     rank, alpha = (8, 16) if variant == "pissa" else (4, 8)
     again = f"lora={{rank: {rank}, alpha: {alpha}, variant: {'rslora' if variant == 'rslora' else 'lora'}}}"
     assert finetune(
-        "train", recipe, again, f"model.path={tmp_path / 'run'}", f"data.train=[{{path: {held_out}}}]", "training.max_steps=1",
-        "training.per_device_train_batch_size=6", f"training.output_dir={tmp_path / 'again'}",
+        "train", recipe, again, f"model.path={tmp_path / 'run'}", f"data.train=[{{path: {held_out}}}]",
+        "training.max_steps=1", "training.per_device_train_batch_size=6", f"training.output_dir={tmp_path / 'again'}",
     ) == 0  # fmt: skip
     assert steps(tmp_path / "again")[0]["loss"] == pytest.approx(saved, rel=1e-5)
 

@@ -12,7 +12,7 @@ IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_in
 PIP := -m pip install --disable-pip-version-check --no-input --use-pep517
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity clean
+.PHONY: help install demo test parity bench clean
 
 # A venv is ready when its mark, written last, names the place where it stands: an interrupted installation has none, a
 # moved or broken one another place. What is not ready is made anew.
@@ -30,6 +30,7 @@ help:
 	@echo 'make test      the test suite'
 	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
 	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
+	@echo 'make bench     speed and memory beside TRL on this machine; hours. BENCH="sft_lora --rounds 1" for less'
 	@echo 'make clean     remove the environments and what was built; outputs/ stays'
 
 install: $(READY)
@@ -42,6 +43,9 @@ test: $(READY)
 
 parity: $(READY) $(REFERENCE_READY)
 	@FINETUNE_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE)/bin/python" $(VENV)/bin/python -m pytest tests/parity
+
+bench: $(READY) $(REFERENCE_READY)
+	@$(VENV)/bin/python -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) $(REFERENCE) build dist *.egg-info .hypothesis

@@ -146,8 +146,11 @@ def generate(
     seed: Seed = None,
     batch_size: Annotated[int, _positive(metavar="B", help="Prompts decoded together.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    on_bad_row: Annotated[
+        str, typer.Option(parser=_choice("error", "skip"), metavar="error|skip", help="Rows of FILE that are wrong.")
+    ] = "error",
 ) -> None:
-    """Answer one prompt, or every row of a file."""
+    """Answer one prompt, or every row of a file. The same command again goes on where a file was interrupted."""
     if prompt is not None and input is not None:
         raise ArgumentError("--prompt and --input are both given", fix="Keep one.")
     _check_sampling(temperature, top_p)
@@ -168,6 +171,7 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         raw=raw,
+        on_bad_row=on_bad_row,
     )
 
 
@@ -180,6 +184,9 @@ def chat(
     top_p: TopP = None,
     top_k: TopK = None,
     seed: Seed = None,
+    compare: Annotated[
+        str | None, typer.Option(metavar="BASE", help="A second model that answers too, such as the one tuned.")
+    ] = None,
 ) -> None:
     """Talk to a model in the terminal."""
     _check_sampling(temperature, top_p)
@@ -193,6 +200,42 @@ def chat(
         top_p=top_p,
         top_k=top_k,
         seed=seed,
+        compare=compare,
+    )
+
+
+@app.command(epilog="Example: finetune serve outputs/my-run --port 8000")
+def serve(
+    model: ModelArgument,
+    host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(parser=_whole(0), metavar="PORT", help="0 takes any free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", envvar="FINETUNE_API_KEY", help="Asked of every request; safer as the variable."),
+    ] = None,
+    max_batch: Annotated[int, _positive(metavar="N", help="Answers decoded together.")] = 32,
+    max_queue: Annotated[
+        int, typer.Option(parser=_whole(0), metavar="N", help="Answers that may wait; more are refused.")
+    ] = 256,
+    max_new_tokens: Annotated[
+        int | None, _positive(metavar="N", help="Most tokens of an answer; the model's context when not given.")
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="A line for every request.")] = False,
+) -> None:
+    """Answer over HTTP, with OpenAI's interface."""
+    if api_key is not None and not api_key.strip():
+        raise ArgumentError("the API key is empty", fix="Give a key, or unset FINETUNE_API_KEY.")
+    from finetune.infer.serve import serve as run
+
+    run(
+        model,
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_new_tokens=max_new_tokens,
+        verbose=verbose,
     )
 
 

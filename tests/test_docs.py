@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 from finetune.recipe import schema
 from finetune.recipe.load import load_recipe
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 SECTIONS = {
     "top": schema.Recipe,
@@ -116,3 +117,20 @@ def test_the_example_of_the_recipe_reference_is_valid(tmp_path):
     (tmp_path / "example.yaml").write_text(example, encoding="utf-8")
     recipe = load_recipe(tmp_path / "example.yaml")
     assert recipe.lora is not None and recipe.method == "sft"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipe.md", "docs/log.md"])
+def test_files_that_the_pages_name_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    named = re.findall(r"`((?:finetune|tests|docs|recipes)/[\w./-]+)`", text)
+    missing = [name for name in [*links, *named] if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_readme_names_real_keys_with_their_defaults():
+    recipe = tables()
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("## Recipe")[1].split("## ")[0]
+    keys = re.findall(r"`(model|lora|data|training|dpo)\.([a-z_]+)`", text)
+    assert len(keys) > 12
+    assert [f"{section}.{key}" for section, key in keys if key not in recipe[section]] == []

@@ -1,7 +1,9 @@
 """The `chat` command: a conversation in the terminal.
 
 Answers are drawn as the model's generation_config.json says (greedy where it says nothing), and printed as they come.
-Everything but the answers goes to stderr, so that a piped conversation leaves nothing else on stdout.
+Everything but the answers goes to stderr, so that a piped conversation leaves nothing else on stdout. With `--compare`
+two models hold the same conversation, each with its own answers: side by side where the terminal is wide, else one
+after the other under their names.
 """
 
 from __future__ import annotations
@@ -9,11 +11,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_ids
@@ -25,12 +33,13 @@ from finetune.report.console import console, say
 if TYPE_CHECKING:
     from finetune.infer.engine import Delta
 
+WIDE = 120  # columns from which two answers stand side by side
 HELP = """\
 /system TEXT   set the system message (without TEXT: take it away) and start over
 /undo          take back the last question and its answer
 /retry         answer the last question again
 /reset         start over, keeping the system message
-/save FILE     append the conversation to FILE as a training row (messages form)
+/save FILE     append the conversation to FILE as a training row (messages form); of two, MODEL's
 /help          show this
 /exit          leave (Ctrl-D too); Ctrl-C stops an answer"""
 
@@ -40,12 +49,14 @@ class Talk:
     """The state of a conversation.
 
     Attributes:
+        name: What the model is called.
         messages: All messages so far, the system message first if there is one.
         answers: How many were asked for, those taken back included: with a seed, each answer has draws of its own.
     """
 
     opened: Opened
     sampling: Sampling
+    name: str = ""
     messages: list[dict[str, str]] = field(default_factory=list)
     answers: int = 0
 
@@ -69,8 +80,8 @@ class Talk:
             f"the message is too long: {len(ids)} tokens, and there is room for {room}", fix="Shorten it, or /reset."
         )
 
-    def answer(self) -> Iterator["Delta"]:
-        """Stream the answer to the last message; the caller adds it to `messages`."""
+    def answer(self) -> Iterator[Delta]:
+        """Stream the answer to the last message."""
         ids, dropped = self.prompt()
         if dropped:
             say(f"The {dropped} oldest turns no longer fit the model's context and are left out.", style="yellow")
@@ -80,6 +91,24 @@ class Talk:
             sampling = replace(sampling, seed=int(seed))
         self.answers += 1
         return self.opened.engine.stream(ids, sampling)
+
+    def ask(self, text: str) -> Iterator[Delta]:
+        """Stream the answer to a new message. Where reading stops, what was said so far is the answer.
+
+        A message that cannot be answered, or whose answer was stopped before it began, is taken back.
+        """
+        self.messages.append({"role": "user", "content": text})
+        said, end = "", None
+        try:
+            for delta in self.answer():
+                said += delta.text
+                end = delta.output
+                yield delta
+        finally:
+            if said or end is not None:
+                self.messages.append({"role": "assistant", "content": said})
+            else:
+                self.messages.pop()
 
     def undo(self) -> bool:
         """Take back the last question and what followed it."""
@@ -116,26 +145,34 @@ def chat(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
+    compare: str | None = None,
 ) -> None:
     """Talk with a model until /exit or the end of the input.
 
     Args:
+        compare: A second model, whose answers are shown first.
         temperature, top_p, top_k: Instead of the model's own settings; temperature 0 is greedy.
 
     Raises:
         UserError: the model cannot be opened or has no chat template.
     """
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     opened = open_model(model)
     opened.tokenizer.template_for(None)
-    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    sampling = Sampling.under_model(opened.generation_config, asked, max_new_tokens=max_new_tokens, seed=seed)
-    talk = Talk(opened, sampling)
-    talk.reset(system or "")
+    sides = [(model, opened)]
+    if compare is not None:
+        sides.insert(0, (compare, _with_template(open_model(compare), opened)))
+    talks = []
+    for name, side in sides:
+        sampling = Sampling.under_model(side.generation_config, asked, max_new_tokens=max_new_tokens, seed=seed)
+        talks.append(Talk(side, sampling, name))
+        talks[-1].reset(system or "")
     if sys.stdin.isatty():
-        say(f"Talking with {model}. /help shows what can be done.", style="dim")
+        who = " and ".join(talk.name for talk in talks)
+        say(f"Talking with {who}. /help shows what can be done.", style="dim")
     for line in _lines():
         try:
-            if not _handle(talk, line):
+            if not _handle(talks, line):
                 return
         except (DataError, OSError) as error:
             say(str(error), style="red")
@@ -160,63 +197,108 @@ def _lines() -> Iterator[str]:
             yield line.strip()
 
 
-def _handle(talk: Talk, line: str) -> bool:
-    """Do what one line asks for; False ends the conversation."""
+def _with_template(base: Opened, tuned: Opened) -> Opened:
+    """A base model may know no chats; it then reads them as the tuned one does."""
+    if base.tokenizer.chat_template is not None:
+        return base
+    say("The second model has no chat template: it gets the first one's.", style="dim")
+    return replace(base, tokenizer=tuned.tokenizer)
+
+
+def _handle(talks: list[Talk], line: str) -> bool:
+    """Do what one line asks for, in every talk; False ends the conversation."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if not line.startswith("/"):
-        _ask(talk, line)
+        _ask(talks, line)
     elif command == "/exit":
         return False
     elif command == "/help":
         console.print(HELP, markup=False)
     elif command == "/reset":
-        talk.reset()
+        for talk in talks:
+            talk.reset()
         say("Started over.", style="dim")
     elif command == "/system":
-        talk.reset(rest)
+        for talk in talks:
+            talk.reset(rest)
         say("Started over with this system message." if rest else "Started over without one.", style="dim")
     elif command == "/undo":
-        say("Took back the last question." if talk.undo() else "There is nothing to take back.", style="dim")
+        undone = [talk.undo() for talk in talks]
+        say("Took back the last question." if any(undone) else "There is nothing to take back.", style="dim")
     elif command == "/retry":
-        _retry(talk)
+        _retry(talks)
     elif command == "/save":
-        _save(talk, rest)
+        _save(talks[-1], rest)
     else:
         say(f"There is no {command}. /help shows what there is.", style="red")
     return True
 
 
-def _ask(talk: Talk, text: str) -> None:
-    """Answer a message. One that cannot be answered, or whose answer was stopped before it began, is taken back."""
-    talk.messages.append({"role": "user", "content": text})
-    said, end = "", None
+def _ask(talks: list[Talk], text: str) -> None:
+    """Show every talk's answer to a message. If one of them cannot take it, none keeps it."""
+    before = [len(talk.messages) for talk in talks]
     try:
-        for delta in talk.answer():
-            said += delta.text
-            end = delta.output
-            sys.stdout.write(delta.text)
-            sys.stdout.flush()
+        if len(talks) > 1 and sys.stdout.isatty() and console.width >= WIDE:
+            _side_by_side(talks, text)
+            return
+        for talk in talks:
+            if len(talks) > 1:
+                sys.stdout.write(f"[{talk.name}]\n")
+            _stream(talk, text)
+    except DataError:
+        for talk, length in zip(talks, before):
+            del talk.messages[length:]
+        raise
+
+
+def _stream(talk: Talk, text: str) -> None:
+    end = None
+    try:
+        with closing(talk.ask(text)) as deltas:
+            for delta in deltas:
+                end = delta.output
+                sys.stdout.write(delta.text)
+                sys.stdout.flush()
     except KeyboardInterrupt:
         say("(stopped)", style="dim")
-    finally:
-        if said or end is not None:
-            talk.messages.append({"role": "assistant", "content": said})
-        else:
-            talk.messages.pop()
     sys.stdout.write("\n")
     sys.stdout.flush()
     if end is not None and end.finish_reason == "length":
         say("(cut at the greatest length)", style="dim")
 
 
-def _retry(talk: Talk) -> None:
-    question = next((m["content"] for m in reversed(talk.messages) if m["role"] == "user"), None)
+def _side_by_side(talks: list[Talk], text: str) -> None:
+    """A column for each talk, all growing at once: a token here, a token there."""
+    answers = [Text() for _ in talks]
+    table = Table(expand=True)
+    for talk in talks:
+        table.add_column(Text(talk.name), ratio=1, overflow="fold")
+    table.add_row(*answers)
+    streams = [talk.ask(text) for talk in talks]
+    try:
+        with Live(table, console=Console(file=sys.stdout), refresh_per_second=8, vertical_overflow="visible"):
+            for deltas in zip_longest(*streams):
+                for answer, delta in zip(answers, deltas):
+                    if delta is not None:
+                        answer.append(delta.text)
+                        if delta.output is not None and delta.output.finish_reason == "length":
+                            answer.append(" (cut at the greatest length)", style="dim")
+    except KeyboardInterrupt:
+        say("(stopped)", style="dim")
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+def _retry(talks: list[Talk]) -> None:
+    question = next((m["content"] for m in reversed(talks[-1].messages) if m["role"] == "user"), None)
     if question is None:
         say("There is nothing to answer again.", style="dim")
         return
-    talk.undo()
-    _ask(talk, question)
+    for talk in talks:
+        talk.undo()
+    _ask(talks, question)
 
 
 def _save(talk: Talk, name: str) -> None:

@@ -1,8 +1,10 @@
 """A Qwen2 forward pass for decoding, over the modules of a PaddleNLP model.
 
 PaddleNLP's own pass grows the cache by concatenation at every token, repeats the key and value heads, and rebuilds its
-masks. This one keeps keys and values in place and computes the same numbers (tests/infer/test_engine.py). Projections,
-norms and feed-forward layers are called as the model's modules, so plain, LoRA and merged layers all work.
+masks. This one keeps keys and values in place and computes the same numbers (tests/infer/test_engine.py). Plain
+projections are read off their weights, others (LoRA) are called as modules. What a token costs beside its matrix
+products is mostly the number of operations and, on CPU, broadcasts over anything but the last axes: there are few of
+either (docs/log.md).
 
 Each row's keys and values start at slot 0 of its own stretch of the cache, whatever its length: prompts are padded on
 the right while they are read, padding is overwritten or masked, and nothing depends on the other rows. A row may
@@ -12,6 +14,7 @@ therefore join or leave between any two tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -69,7 +72,7 @@ class KVCache:
         self._replace(lambda stored: paddle.index_select(self.view(stored), index, axis=0))
         self.lengths = self.lengths[rows]
 
-    def extend(self, other: "KVCache") -> None:
+    def extend(self, other: KVCache) -> None:
         """Append the rows of `other`, which is used up."""
         self.reserve(other.capacity)
         other.reserve(self.capacity)
@@ -104,16 +107,18 @@ class Decoder:
         self.dtype = self.body.embed_tokens.weight.dtype
         # PaddleNLP shrinks float16 scores before the product and restores them in float32, against overflow.
         self.shrink = 32.0 if self.dtype == paddle.float16 else 1.0
+        self._layers = [_Layer(layer) for layer in self.body.layers]
+        self._last_norm = _rms_norm(self.body.norm)
         self._cos, self._sin = self._rotary_tables(_FIRST_POSITIONS)
 
     def _rotary_tables(self, length: int) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """cos and sin of the model's own rotary embedding, each [length, 1, head_dim].
+        """cos and sin of the model's own rotary embedding, each float32 [length, 1, head_dim].
 
         The first half of sin is negated, so that x * cos + roll(x) * sin is the rotation.
         """
         turns = self.body.layers[0].self_attn.rotary_emb.inv_freq.astype("float32")  # [head_dim / 2]
         angles = (paddle.arange(length, dtype="float32")[:, None] * turns)[:, None]
-        cos, sin = angles.cos().astype(self.dtype), angles.sin().astype(self.dtype)
+        cos, sin = angles.cos(), angles.sin()
         return paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
 
     def read(self, prompts: list[np.ndarray]) -> tuple[KVCache, paddle.Tensor]:
@@ -148,7 +153,7 @@ class Decoder:
             return self._logits(hidden[:, 0])
 
     def _logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
-        logits = self.lm_head(self.body.norm(hidden))
+        logits = self.lm_head(self._last_norm(hidden))
         return logits if logits.dtype == paddle.float32 else logits.astype("float32")
 
     def _forward(self, ids: np.ndarray, starts: np.ndarray, cache: KVCache) -> paddle.Tensor:
@@ -161,21 +166,35 @@ class Decoder:
         # Slot of (row, position, kv head) in the stored [B * kv_heads * capacity, head_dim]; order as k_proj gives it.
         stretch = np.arange(rows * self.kv_heads).reshape(rows, 1, self.kv_heads) * cache.capacity
         slots = paddle.to_tensor((stretch + positions[:, :, None]).reshape(-1))
-        visible = np.arange(cache.capacity) <= positions[:, :, None]  # [B, T, capacity]
-        mask = paddle.to_tensor(np.where(visible, 0.0, -np.inf).astype(np.float32)[:, None, None])
-        where = paddle.to_tensor(positions)
-        cos, sin = self._cos[where], self._sin[where]  # [B, T, 1, head_dim]
-        hidden = self.body.embed_tokens(paddle.to_tensor(ids))
-        for layer, keys, values in zip(self.body.layers, cache.keys, cache.values):
-            attention = layer.self_attn
-            x = layer.input_layernorm(hidden)
-            q = self._rotate(attention.q_proj(x).reshape([rows, width, self.heads, self.head_dim]), cos, sin)
-            k = self._rotate(attention.k_proj(x).reshape([rows, width, self.kv_heads, self.head_dim]), cos, sin)
+        mask, where = self._mask(positions, cache.capacity), paddle.to_tensor(positions)
+        hidden = F.embedding(paddle.to_tensor(ids), self.body.embed_tokens.weight)
+        turn_q = self._turns(where, self.heads, 1.0 / (math.sqrt(self.head_dim) * self.shrink))
+        turn_k = self._turns(where, self.kv_heads, 1.0)
+        for layer, keys, values in zip(self._layers, cache.keys, cache.values):
+            x = layer.input_norm(hidden)
+            q = self._rotate(layer.q(x).reshape([rows, width, self.heads, self.head_dim]), *turn_q)
+            k = self._rotate(layer.k(x).reshape([rows, width, self.kv_heads, self.head_dim]), *turn_k)
             paddle.scatter_(keys, slots, k.reshape([-1, self.head_dim]))
-            paddle.scatter_(values, slots, attention.v_proj(x).reshape([-1, self.head_dim]))
-            hidden = hidden + attention.o_proj(self._attend(q, cache.view(keys), cache.view(values), mask))
-            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            paddle.scatter_(values, slots, layer.v(x).reshape([-1, self.head_dim]))
+            hidden = hidden + layer.o(self._attend(q, cache.view(keys), cache.view(values), mask))
+            x = layer.middle_norm(hidden)
+            hidden = hidden + layer.down(F.silu(layer.gate(x)) * layer.up(x))
         return hidden
+
+    def _mask(self, positions: np.ndarray, capacity: int) -> paddle.Tensor:
+        """What is added to scores: float32 [B, 1, 1, T, C], or [B, kv_heads, groups, C] for single tokens."""
+        visible = np.arange(capacity) <= positions[:, :, None]  # [B, T, C]
+        mask = np.where(visible, np.float32(0), np.float32(-np.inf))[:, None, None]
+        if positions.shape[1] > 1:
+            return paddle.to_tensor(mask)
+        shape = [len(positions), self.kv_heads, self.heads // self.kv_heads, capacity]
+        return paddle.to_tensor(np.ascontiguousarray(np.broadcast_to(mask[:, :, 0], shape)))
+
+    def _turns(self, where: paddle.Tensor, heads: int, scale: float) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """cos and sin at positions [B, T], times `scale`, once per head: each [B, T, heads, head_dim]."""
+        shape = [*where.shape, heads, self.head_dim]
+        cos, sin = (table[where] * scale for table in (self._cos, self._sin))
+        return cos.astype(self.dtype).expand(shape), sin.astype(self.dtype).expand(shape)
 
     def _rotate(self, x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
         return x * cos + paddle.roll(x, self.head_dim // 2, axis=-1) * sin
@@ -184,25 +203,61 @@ class Decoder:
         """Attention with the query heads of one key head side by side, so that key heads are not repeated.
 
         Args:
-            q: [B, T, heads, head_dim]. keys, values: [B, kv_heads, C, head_dim]. mask: float32 [B, 1, 1, T, C].
+            q: [B, T, heads, head_dim], scaled. keys, values: [B, kv_heads, C, head_dim]. mask: as `_mask` makes it.
 
         Returns:
             [B, T, heads * head_dim].
         """
         rows, width, capacity = q.shape[0], q.shape[1], keys.shape[2]
         groups = self.heads // self.kv_heads
-        q = q * (1.0 / (math.sqrt(self.head_dim) * self.shrink))
-        q = q.reshape([rows, width, self.kv_heads, groups, self.head_dim]).transpose([0, 2, 3, 1, 4])
+        if width > 1:
+            q = q.reshape([rows, width, self.kv_heads, groups, self.head_dim]).transpose([0, 2, 3, 1, 4])
         scores = paddle.matmul(q.reshape([rows, self.kv_heads, groups * width, self.head_dim]), keys, transpose_y=True)
-        scores = scores.reshape([rows, self.kv_heads, groups, width, capacity])
+        if width > 1:
+            scores = scores.reshape([rows, self.kv_heads, groups, width, capacity])
         if scores.dtype != paddle.float32:
             scores = scores.astype("float32") * self.shrink
         weights = F.softmax(scores + mask, axis=-1)
         if weights.dtype != q.dtype:
             weights = weights.astype(q.dtype)
         mixed = paddle.matmul(weights.reshape([rows, self.kv_heads, groups * width, capacity]), values)
-        mixed = mixed.reshape([rows, self.kv_heads, groups, width, self.head_dim]).transpose([0, 3, 1, 2, 4])
+        if width > 1:
+            mixed = mixed.reshape([rows, self.kv_heads, groups, width, self.head_dim]).transpose([0, 3, 1, 2, 4])
         return mixed.reshape([rows, width, self.heads * self.head_dim])
+
+
+class _Layer:
+    """The functions of one decoder layer, found once instead of at every token."""
+
+    def __init__(self, layer):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.q, self.k, self.v, self.o = (
+            _linear(module) for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        )
+        self.gate, self.up, self.down = (_linear(module) for module in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.input_norm = _rms_norm(layer.input_layernorm)
+        self.middle_norm = _rms_norm(layer.post_attention_layernorm)
+
+
+def _linear(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
+    """A plain projection without what calling a module costs; any other as it is."""
+    if type(module) is not paddle.nn.Linear:
+        return module
+    held = module._parameters  # not the tensors themselves, which a caller may replace
+    return lambda x: F.linear(x, held["weight"], held["bias"])
+
+
+def _rms_norm(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
+    """PaddleNLP's Qwen2RMSNorm, whose every call switches automatic mixed precision off and on again."""
+    held, epsilon = module._parameters, module.variance_epsilon
+
+    def norm(x: paddle.Tensor) -> paddle.Tensor:
+        weight = held["weight"]
+        wide = x if x.dtype == paddle.float32 else x.astype("float32")
+        wide = wide * paddle.rsqrt(paddle.mean(wide * wide, axis=-1, keepdim=True) + epsilon)
+        return (wide if wide.dtype == weight.dtype else wide.astype(weight.dtype)) * weight
+
+    return norm
 
 
 def capacity_for(length: int) -> int:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ class Request:
 
     prompt: np.ndarray
     sampling: Sampling
-    index: int = 0
+    index: Any = 0
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Row:
         self._sent = 0
         self._ends: list[int] = []  # length of the text after each token; kept only beside log-probabilities
         self._told = 0
+        self._cut = False
 
     @property
     def likeliest(self) -> bool:
@@ -133,6 +135,7 @@ class Row:
         if found:
             self.text = self.text[: min(found)]
             self.finish_reason = "stop"
+            self._cut = True
 
     def new_text(self) -> str:
         """The text that became certain since the last call. A possible beginning of a stop text is held back."""
@@ -146,17 +149,20 @@ class Row:
     def new_logprobs(self) -> list[tuple[TokenLogprob, int]]:
         """Log-probabilities of the tokens whose text `new_text` has given out, each with where its text begins.
 
-        Neither a stop token nor tokens of a stop text are among them.
+        Neither a stop token nor tokens of a stop text are among them. A token that shows nothing yet, such as the first
+        byte of a character, comes with the next that does.
         """
-        found = []
-        while self._told < len(self._ends):
-            place, start = self._told, self._ends[self._told - 1] if self._told else 0
-            if self.finish_reason is None and self._ends[place] > self._sent:
-                break
-            self._told += 1
-            if self.tokens[place] not in self.stop_ids and (start < len(self.text) or self._ends[place] == start):
-                found.append((self.logprobs[place], start))
-        return found
+        starts = [0, *self._ends]
+        end = len(self._ends)
+        if self.finish_reason is None:
+            while end > self._told and (self._ends[end - 1] > self._sent or self._ends[end - 1] == starts[end - 1]):
+                end -= 1
+        told = range(self._told, end)
+        self._told = end
+        limit = len(self.text) if self._cut else len(self.text) + 1
+        return [
+            (self.logprobs[i], starts[i]) for i in told if self.tokens[i] not in self.stop_ids and starts[i] < limit
+        ]
 
     def output(self) -> Output:
         logprobs = self.logprobs if self.request.sampling.logprobs is not None else None
@@ -385,11 +391,15 @@ def _advance(rows: list[Row], logits, source: Sequence[int]) -> None:
             row.accept(tokens[i])
         return
     scores = logits.numpy()
+    tokens = scores.argmax(axis=-1)
     # argmax stops at the first NaN, so that one look at the largest finds it.
-    if np.isnan(scores[np.arange(len(scores)), scores.argmax(axis=-1)]).any():
+    if np.isnan(scores[np.arange(len(scores)), tokens]).any():
         raise FinetuneError(
             "the model's output is not a number (NaN)",
             fix="The weights are damaged or the training diverged: try an earlier checkpoint.",
         )
     for row, i in zip(rows, source):
-        row.advance(scores[i])
+        if row.likeliest:
+            row.accept(int(tokens[i]))
+        else:
+            row.advance(scores[i])

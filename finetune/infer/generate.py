@@ -8,19 +8,19 @@ generation_config.json only the end tokens are used here; its sampling settings 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, DataError
 from finetune.infer.open import open_model, open_tokenizer
+from finetune.infer.partial import PartialAnswers, hash_file, hash_model, replacing, resuming
 from finetune.infer.prompts import Prompt, PromptReader
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Sampling
 from finetune.model.resolve import resolve_model
@@ -47,16 +47,19 @@ def generate(
     seed: int | None = None,
     batch_size: int = DEFAULT_BATCH_SIZE,
     raw: bool = False,
+    on_bad_row: str = "error",
 ) -> None:
     """Answer `prompt`, streaming to stdout, or every row of the JSONL file `input`.
 
     Args:
         output: JSONL file for rows {prompt, response, tokens, finish_reason} in input order, complete or not there at
-            all. Without it, rows of a file go to stdout.
+            all: the answers of an interrupted run are kept beside it, and the same call goes on with the rest. Without
+            it, rows of a file go to stdout.
         system: System message of prompts that have none.
         temperature: 0 is greedy; None is 1 if top_p or top_k is given, else 0.
         seed: Row i of a file draws from (seed, i), whatever the batch size.
         raw: Take prompts as plain text, without the chat template.
+        on_bad_row: What a row that cannot be read does: "error" ends the command, "skip" leaves it out.
 
     Raises:
         UserError: arguments, input rows or the model folder are wrong. All rows are checked before weights load.
@@ -71,13 +74,19 @@ def generate(
         if output is None:
             _stream(engine, asked, sampling)
         else:
-            with _replacing(Path(output)) as file:
-                _write(file, asked, engine.generate([asked.ids], sampling)[0])
+            with replacing(Path(output)) as file:
+                file.write(_line(asked, engine.generate([asked.ids], sampling)[0]))
         return
-    count = reader.check(Path(input))
-    engine = open_model(source).engine
-    with _replacing(Path(output)) if output else _stdout() as file:
-        _answer_file(engine, reader.file(Path(input)), count, sampling, batch_size, file)
+    skip = on_bad_row == "skip"
+    work = _Work(reader.check(Path(input), skip), sampling, batch_size)
+    if output is None:
+        work.answer(open_model(source).engine, reader.file(Path(input), skip), sys.stdout)
+        return
+    settings = [asdict(sampling), system, raw, on_bad_row]
+    identity = {"input": hash_file(Path(input)), "model": hash_model(source), "settings": settings}
+    with resuming(Path(output), work.count, json.loads(json.dumps(identity))) as partial:
+        if not partial.done.all():
+            work.resume(open_model(source).engine, reader.file(Path(input), skip), partial)
 
 
 def _sampling(
@@ -116,34 +125,72 @@ def _check_arguments(prompt, input, output, system, batch_size: int, raw: bool) 
             raise ArgumentError("input and output are the same file", where=f"--output {output}", fix="Give another.")
 
 
-def _stream(engine: "Engine", asked: Prompt, sampling: Sampling) -> None:
+def _stream(engine: Engine, asked: Prompt, sampling: Sampling) -> None:
     for delta in engine.stream(asked.ids, sampling):
         sys.stdout.write(delta.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
 
 
-def _answer_file(
-    engine: "Engine", prompts: Iterator[Prompt], count: int, sampling: Sampling, batch_size: int, file: IO[str]
-) -> None:
-    """Answer window by window: within one, the longest first and finished rows replaced; written in input order."""
-    first, tokens = 0, 0
-    with progress(count, "generate", "row") as bar:
+@dataclass
+class _Work:
+    """Answers the rows of a file, window by window: within one, the longest first and finished rows replaced.
 
-        def count_row(_: int, answer: "Output") -> None:
-            nonlocal tokens
-            tokens += len(answer.tokens)
-            bar.advance(1, **{"tokens": tokens, "tokens_per_second": tokens / max(bar.elapsed, 1e-9)})
+    Attributes:
+        count: Rows of the file.
+        sampling: For row i with a seed made of its own and i.
+    """
 
-        while window := list(islice(prompts, WINDOW)):
-            samplings = [_for_row(sampling, first + i) for i in range(len(window))]
-            answers = engine.generate(
-                [asked.ids for asked in window], samplings, batch_size=batch_size, on_finish=count_row
-            )
-            for asked, answer in zip(window, answers, strict=True):
-                _write(file, asked, answer)
-            file.flush()
-            first += len(window)
+    count: int
+    sampling: Sampling
+    batch_size: int
+
+    def answer(self, engine: Engine, prompts: Iterator[Prompt], file: IO[str]) -> None:
+        """Write the answers in input order, a window at a time."""
+        with self._bar(0) as count_tokens:
+            for window in _windows(enumerate(prompts)):
+                answers = self._generate(engine, window, lambda i, answer: count_tokens(answer))
+                file.writelines(_line(asked, answer) for (_, asked), answer in zip(window, answers, strict=True))
+                file.flush()
+
+    def resume(self, engine: Engine, prompts: Iterator[Prompt], partial: PartialAnswers) -> None:
+        """Keep the answers of rows that have none yet, as they come."""
+        done = partial.done
+        missing = ((row, asked) for row, asked in enumerate(prompts) if row < self.count and not done[row])
+        with self._bar(partial.kept) as count_tokens:
+            for window in _windows(missing):
+
+                def keep(i: int, answer: Output, window=window) -> None:
+                    row, asked = window[i]
+                    partial.add(row, _row(asked, answer))
+                    count_tokens(answer)
+
+                self._generate(engine, window, keep)
+        if not partial.done.all():
+            raise DataError("the input changed while it was read", fix="Run the command again.")
+
+    def _generate(self, engine: Engine, window: list[tuple[int, Prompt]], on_finish) -> list[Output]:
+        prompts = [asked.ids for _, asked in window]
+        samplings = [_for_row(self.sampling, row) for row, _ in window]
+        return engine.generate(prompts, samplings, batch_size=self.batch_size, on_finish=on_finish)
+
+    @contextmanager
+    def _bar(self, done: int) -> Iterator[Callable[[Output], None]]:
+        tokens = 0
+        with progress(self.count, "generate", "row", done) as bar:
+
+            def count_tokens(answer: Output) -> None:
+                nonlocal tokens
+                tokens += len(answer.tokens)
+                bar.advance(1, tokens=tokens, tokens_per_second=tokens / max(bar.elapsed, 1e-9))
+
+            yield count_tokens
+
+
+def _windows(prompts: Iterable[tuple[int, Prompt]]) -> Iterator[list[tuple[int, Prompt]]]:
+    prompts = iter(prompts)
+    while window := list(islice(prompts, WINDOW)):
+        yield window
 
 
 def _for_row(sampling: Sampling, row: int) -> Sampling:
@@ -153,37 +200,14 @@ def _for_row(sampling: Sampling, row: int) -> Sampling:
     return replace(sampling, seed=int(np.random.SeedSequence([sampling.seed, row]).generate_state(1)[0]))
 
 
-def _write(file: IO[str], asked: Prompt, answer: "Output") -> None:
-    row = {
+def _row(asked: Prompt, answer: Output) -> dict[str, Any]:
+    return {
         "prompt": asked.shown,
         "response": answer.text,
         "tokens": answer.tokens,
         "finish_reason": answer.finish_reason,
     }
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[str]]:
-    """A file that takes the place of `path` when it is complete."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise ArgumentError(
-            f"the file cannot be written: {error.strerror or error}",
-            where=f"--output {path}",
-            fix="Choose another place, or free some space.",
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _stdout() -> Iterator[IO[str]]:
-    yield sys.stdout
+def _line(asked: Prompt, answer: Output) -> str:
+    return json.dumps(_row(asked, answer), ensure_ascii=False) + "\n"

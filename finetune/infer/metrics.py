@@ -22,10 +22,17 @@ class Metrics:
         self.generated_tokens = Counter("finetune_generated_tokens", "Tokens generated", registry=registry)
         self.cancelled = Counter("finetune_cancelled", "Requests whose client went away", registry=registry)
         self.seconds = Histogram(
-            "finetune_request_seconds", "Time to the end of an answer", ["endpoint"], buckets=_SECONDS, registry=registry
+            "finetune_request_seconds",
+            "Time to the end of an answer",
+            ["endpoint"],
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.first_token_seconds = Histogram(
-            "finetune_first_token_seconds", "Time from a request to its first token", buckets=_SECONDS, registry=registry
+            "finetune_first_token_seconds",
+            "Time from a request to its first token",
+            buckets=_SECONDS,
+            registry=registry,
         )
 
     def watch(self, name: str, text: str, value: Callable[[], int]) -> None:

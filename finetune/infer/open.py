@@ -24,7 +24,7 @@ class Opened:
         source: Where it came from.
     """
 
-    engine: "Engine"
+    engine: Engine
     tokenizer: Tokenizer
     generation_config: dict[str, Any]
     source: ModelSource

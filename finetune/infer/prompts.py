@@ -13,6 +13,7 @@ from finetune.chat.messages import OWN_KEYS, Conversation, Preference
 from finetune.chat.render import prompt_ids
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError, DataError, Fault
+from finetune.report.console import format_count, warn
 
 MAX_FAULTS = 20  # faults of an input file that are named before the rest is only counted
 
@@ -80,20 +81,30 @@ class PromptReader:
         shown = row["prompt"] if isinstance(row.get("prompt"), str) else _plain(conversation)
         return shown, prompt_ids(self.tokenizer, conversation)
 
-    def file(self, path: Path) -> Iterator[Prompt]:
+    def file(self, path: Path, skip_bad: bool = False) -> Iterator[Prompt]:
         """The prompts of a JSONL file, one line at a time; empty lines are passed over.
+
+        Args:
+            skip_bad: Pass over bad lines too.
 
         Raises:
             DataError: at the first bad line, naming it.
         """
         for source, line in _lines(path):
-            yield self.read(_parse(line, source), source)
+            try:
+                yield self.read(_parse(line, source), source)
+            except DataError:
+                if not skip_bad:
+                    raise
 
-    def check(self, path: Path) -> int:
+    def check(self, path: Path, skip_bad: bool = False) -> int:
         """Read a whole file without keeping it; returns its number of prompts.
 
+        Args:
+            skip_bad: Only say which lines are bad.
+
         Raises:
-            DataError: naming every bad line, up to MAX_FAULTS of them.
+            DataError: naming every bad line, up to MAX_FAULTS of them; with `skip_bad`, only if no line is good.
         """
         count, bad, faults = 0, 0, []
         for source, line in _lines(path):
@@ -105,8 +116,10 @@ class PromptReader:
                 faults += error.faults[: MAX_FAULTS - len(faults)]
         if bad > len(faults):
             faults.append(Fault(f"and {bad - len(faults)} more bad lines", where=str(path)))
-        if faults:
+        if faults and (count == 0 or not skip_bad):
             raise DataError.of(faults)
+        if faults:
+            warn("\n  ".join([f"{format_count(bad, 'bad row')} skipped, {count:,} are left", *map(str, faults)]))
         if not count:
             raise DataError("the file holds no rows", where=str(path), fix='Write one {"prompt": "..."} per line.')
         return count

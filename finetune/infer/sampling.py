@@ -18,6 +18,7 @@ from finetune.errors import ArgumentError, Fault
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_BATCH_SIZE = 8
+DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE = 32, 256  # of the server
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Sampling:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @classmethod
-    def from_generation_config(cls, config: dict, **overrides) -> "Sampling":
+    def from_generation_config(cls, config: dict, **overrides) -> Sampling:
         """Read a `generation_config.json` the way transformers does; `overrides` win.
 
         Without `do_sample` the row is greedy, whatever temperature says; with it, transformers' defaults are
@@ -87,7 +88,7 @@ class Sampling:
         return cls(**{**values, **overrides})
 
     @classmethod
-    def under_model(cls, config: dict, asked: dict, **others) -> "Sampling":
+    def under_model(cls, config: dict, asked: dict, **others) -> Sampling:
         """The model's own settings under those asked for: `chat` and `serve`.
 
         Asking for a way to draw asks for drawing; temperature 0 is greedy whatever the model says.

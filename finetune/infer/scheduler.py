@@ -1,4 +1,4 @@
-"""Requests of many clients on one model: one thread decodes, requests join between two tokens and leave when finished."""
+"""Requests of many clients on one model: one thread decodes, requests join and leave between two tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from finetune.errors import FinetuneError
 from finetune.infer.decoder import capacity_for
@@ -54,20 +54,21 @@ class Ticket:
     """What one client asked for, and the channel on which its answers come.
 
     Attributes:
-        requests: One per prompt, `index` counting from 0.
+        rows: How many answers.
         streaming: Whether news are wanted before an answer is whole.
+        left: How many answers the engine has not finished.
     """
 
-    requests: list[Request]
+    rows: int
     streaming: bool
+    left: int = field(init=False)
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     started: bool = False
     _news: asyncio.Queue = field(default_factory=asyncio.Queue)
 
-    @property
-    def rows(self) -> int:
-        return sum(request.sampling.n for request in self.requests)
+    def __post_init__(self):
+        self.left = self.rows
 
     async def events(self) -> AsyncIterator[Event]:
         """Everything that happens until all answers are whole.
@@ -105,9 +106,11 @@ class Scheduler:
         self.engine, self.metrics = engine, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
         self.max_positions = max(max_positions or max_batch * _POSITIONS_PER_ROW, capacity_for(engine.context))
-        self._waiting: deque[tuple[Ticket, Request]] = deque()
+        # A request's index is (its ticket, its number there).
+        self._waiting: deque[Request] = deque()
         self._paused: deque[Row] = deque()
-        self._owners: dict[int, Ticket] = {}  # by id of the request; the ticket keeps it alive
+        self._open: set[Ticket] = set()
+        self._entering = 0
         self._batch = Batch(engine)
         self._changed = threading.Condition()
         self._stopping = False
@@ -131,12 +134,12 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Rows being decoded."""
-        return len(self._batch.rows)
+        return len(self._batch.rows) + self._entering
 
     @property
     def queued(self) -> int:
         """Rows that wait for a place."""
-        return sum(request.sampling.n for _, request in list(self._waiting)) + len(self._paused)
+        return sum(request.sampling.n for request in list(self._waiting)) + len(self._paused)
 
     @property
     def alive(self) -> bool:
@@ -148,15 +151,14 @@ class Scheduler:
         Raises:
             QueueFull, ServerClosed.
         """
-        ticket = Ticket(requests, streaming)
+        ticket = Ticket(sum(request.sampling.n for request in requests), streaming)
         with self._changed:
             if self._stopping:
                 raise ServerClosed
             if self.running + self.queued + ticket.rows > self.max_batch + self.max_queue:
                 raise QueueFull
-            for request in requests:
-                self._owners[id(request)] = ticket
-                self._waiting.append((ticket, request))
+            self._open.add(ticket)
+            self._waiting.extend(replace(request, index=(ticket, i)) for i, request in enumerate(requests))
             self._changed.notify()
         return ticket
 
@@ -164,7 +166,8 @@ class Scheduler:
         """Give up what is not answered yet. The rows leave before the next token."""
         with self._changed:
             ticket.cancelled = True
-            self._waiting = deque(item for item in self._waiting if item[0] is not ticket)
+            self._open.discard(ticket)
+            self._waiting = deque(request for request in self._waiting if request.index[0] is not ticket)
             self._changed.notify()
 
     # -- for the engine's thread -----------------------------------------------------------------------------------
@@ -174,12 +177,11 @@ class Scheduler:
             while True:
                 with self._changed:
                     while not (self._waiting or self._paused or self._batch.rows or self._stopping):
-                        self._owners.clear()
                         self._changed.wait()
                     if self._stopping:
                         return self._fail(ServerClosed())
-                    gone = [row for row in self._batch.rows if self._owner(row).cancelled]
-                    self._paused = deque(row for row in self._paused if not self._owner(row).cancelled)
+                    gone = [row for row in self._batch.rows if _ticket(row).cancelled]
+                    self._paused = deque(row for row in self._paused if not _ticket(row).cancelled)
                 try:
                     self._turn(gone)
                 except Exception as error:
@@ -189,13 +191,13 @@ class Scheduler:
         """One token for every row, after those who leave and those who come."""
         batch = self._batch
         batch.drop(gone)
-        for row in gone:
-            self._owner(row).cancelled = True
         with self._changed:
             resumed, joining = self._admit()
+            self._entering = len(resumed) + sum(request.sampling.n for request in joining)
         batch.resume(resumed)
         self._report(batch.started)
         batch.join(joining)
+        self._entering = 0
         self._report(batch.started)
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in joining))
         self._make_room()
@@ -220,8 +222,8 @@ class Scheduler:
 
         while self._paused and fits(_length(self._paused[0]), 1):
             resumed.append(self._paused.popleft())
-        while not self._paused and self._waiting and fits(*_size(self._waiting[0][1])):
-            joining.append(self._waiting.popleft()[1])
+        while not self._paused and self._waiting and fits(*_size(self._waiting[0])):
+            joining.append(self._waiting.popleft())
         return resumed, joining
 
     def _make_room(self) -> None:
@@ -237,15 +239,17 @@ class Scheduler:
     def _report(self, rows: list[Row]) -> None:
         news: list[tuple[Ticket, Event]] = []
         for row in rows:
-            ticket = self._owner(row)
+            ticket, prompt = row.request.index
             if not ticket.started:
                 ticket.started = True
                 self.metrics.first_token_seconds.observe(time.monotonic() - ticket.submitted)
             if ticket.streaming or row.finish_reason is not None:
                 text, logprobs = row.new_text(), row.new_logprobs()
                 output = row.output() if row.finish_reason is not None else None
+                if output is not None:
+                    self._finish(ticket)
                 if text or logprobs or output:
-                    news.append((ticket, Event(row.request.index, row.sample, text, logprobs, output)))
+                    news.append((ticket, Event(prompt, row.sample, text, logprobs, output)))
         self.metrics.generated_tokens.inc(len(rows))
         self._send(news)
 
@@ -257,17 +261,22 @@ class Scheduler:
         if news:
             self._loop.call_soon_threadsafe(hand_out)
 
-    def _owner(self, row: Row) -> Ticket:
-        return self._owners[id(row.request)]
+    def _finish(self, ticket: Ticket) -> None:
+        ticket.left -= 1
+        if not ticket.left:
+            with self._changed:
+                self._open.discard(ticket)
 
     def _fail(self, error: Exception) -> None:
         """Tell everyone whose answer is not whole, and start from nothing."""
         with self._changed:
-            tickets = set(self._owners.values())
-            self._owners.clear()
+            tickets = list(self._open)
+            self._open.clear()
             self._waiting.clear()
             self._paused.clear()
-            self._batch = Batch(self.engine)
+            self._batch, self._entering = Batch(self.engine), 0
+            for ticket in tickets:
+                ticket.left = 0
         self._send([(ticket, error) for ticket in tickets])
 
     def _broken(self, error: Exception) -> None:
@@ -275,6 +284,10 @@ class Scheduler:
             say("".join(traceback.format_exception(error)), style="red")
             error = FinetuneError(f"the engine failed ({type(error).__name__})", fix="The server's log says where.")
         self._fail(error)
+
+
+def _ticket(row: Row) -> Ticket:
+    return row.request.index[0]
 
 
 def _length(row: Row) -> int:

@@ -1,4 +1,7 @@
-"""Tool calls in a model's text: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Qwen's templates ask for."""
+"""Tool calls in a model's text, in the form that Qwen's templates ask for.
+
+That is `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+"""
 
 from __future__ import annotations
 

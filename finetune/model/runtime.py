@@ -17,7 +17,6 @@ _NOISE = (
     "No ccache found",
     "Setuptools is replacing distutils",
     r"(?s).*swiglu",
-    r"(?s).*softmax_with_cross_entropy",
     r".*pkg_resources is deprecated",
 )
 

@@ -4,8 +4,9 @@ Everything here is a pure function of `data/quickstart/countries.tsv`, `text.txt
 `python -m finetune.quickstart.tasks` writes the rows that are committed there; a test holds that they are the same.
 
 Four tasks, each with one right answer: a country's `capital`, `continent` and `language` in a sentence, and all three
-as `json`. The held-out questions are about countries that no fine-tuning row mentions: they can only be answered with what
-the base model has read, in a form that only fine-tuning has shown.
+as `json`. The held-out questions are about countries that no fine-tuning row mentions. Their facts, in the very wording
+of the answers, are in the text that the base model reads; the questions and the chat form are not. So an answer counts
+what fine-tuning draws out of the base model, not new knowledge, and the 0 % before is largely the unknown form.
 
 One policy, for DPO: an answer in words closes with `CLOSING`; an answer in JSON does not, since it has to parse. The
 SFT rows close a quarter of their sentences that way, so the tuned model knows the phrase and seldom says it.
@@ -89,7 +90,8 @@ def sentences_about(country: Country) -> list[str]:
 def pretraining_texts(countries: Sequence[Country], prose: Iterable[str]) -> list[str]:
     """`PRETRAINING_TEXTS` short documents: the prose once; entries of a gazetteer; lists of names said three times.
 
-    The lists hold no facts: a model that small learns to copy a name from its context much sooner with them.
+    The lists hold no facts; they are there to teach copying a name from the context (one run each way, in an earlier
+    version of these texts, was better with them).
     """
     draw = random.Random(SEED)
     texts = list(prose)

@@ -1,71 +1,97 @@
-"""Attention over many sequences laid end to end in one row, each seeing itself only.
+"""Attention over many sequences laid end to end in one row, each seeing itself (and its prompt) only.
 
 A micro-batch is one row without padding, so the linear layers do no work for padding, and attention is computed
-sequence by sequence, so nothing is computed for pairs of tokens that may not see each other and no mask of [L, L] is
-built for the batch. PaddleNLP repeats the key and value heads to the number of query heads; here they are grouped.
+sequence by sequence, so nothing is computed for pairs of tokens that may not see each other and no mask of [T, T] is
+built. PaddleNLP repeats the key and value heads to the number of query heads; here they are grouped.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
+
+import numpy as np
 
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train.layout import Span
+from finetune.train import cpu
+from finetune.train.layout import Layout, Span
 
 _bring_up()
-import paddle  # noqa: E402
-import paddle.nn.functional as F  # noqa: E402
+import paddle
+import paddle.nn.functional as F
+from paddle.autograd import PyLayer
+
+# Attention weights of one layer that are kept for the backward pass; larger ones are computed again.
+_KEPT_BYTES = 32 * 2**20
 
 
-def use_span_attention(lm) -> None:
-    """Make the attention layers of a Qwen2ForCausalLM take spans, and only spans, instead of a mask.
+@dataclass(frozen=True)
+class Context:
+    """What the attention layers need to know of a micro-batch.
 
-    The spans travel as `attn_mask_startend_row_indices`, which PaddleNLP hands from the model to `attn_func` as it is,
-    and which keeps it from building masks. `use_flash_attention` keeps it from repeating key and value heads; its other
-    reader, the attention function, is the one replaced here.
+    It travels through PaddleNLP's model as `attn_mask_startend_row_indices`, which is handed on as it is and keeps the
+    model from building masks.
+
+    Attributes:
+        spans: The sequences of the row.
+        cos, sin: float32 [T, head_dim / 2], of each token's rotary angles.
     """
-    if lm.qwen2.layers[0].self_attn.attn_func is span_attention:
-        return
-    lm.config.use_flash_attention = True
-    for layer in lm.qwen2.layers:
-        layer.self_attn.attn_func = span_attention
+
+    spans: list[Span]
+    cos: np.ndarray
+    sin: np.ndarray
 
 
-def span_attention(
-    query,
-    config,
-    key,
-    value,
-    attention_mask,
-    output_attentions,
-    attn_mask_startend_row_indices=None,
-    training=True,
-    sequence_parallel=False,
-    skip_recompute=False,
-):
-    """Causal attention within spans. The signature is that of PaddleNLP's `attn_func`.
+def context_of(lm, layout: Layout) -> Context:
+    """The context of a micro-batch, with angles from the model's own rotary table."""
+    rotary = lm.qwen2.layers[0].self_attn.rotary_emb
+    positions = layout.position_ids[0]
+    tables = rotary(paddle.zeros([1], dtype="float32"), seq_len=int(positions.max()) + 1)
+    half = tables[0].shape[-1] // 2
+    cos, sin = (table[0, :, 0, :half].numpy()[positions] for table in tables)
+    return Context(layout.spans, cos, sin)
+
+
+def attention_forward(self, hidden_states, position_ids, past_key_value, attention_mask, output_attentions, use_cache,
+                      attn_mask_startend_row_indices=None):  # fmt: skip
+    """Replaces the forward of PaddleNLP's Qwen2Attention: [1, T, hidden] -> [1, T, hidden]."""
+    context = attn_mask_startend_row_indices
+    if not isinstance(context, Context):
+        raise ValueError("the model was set up for training; load it again to call it with a mask or a cache")
+    tokens = hidden_states.shape[1]
+    query = self.q_proj(hidden_states).reshape([tokens, self.num_heads, self.head_dim])
+    key = self.k_proj(hidden_states).reshape([tokens, self.num_key_value_heads, self.head_dim])
+    value = self.v_proj(hidden_states).reshape([tokens, self.num_key_value_heads, self.head_dim])
+    dropout = self.attention_dropout if self.training else 0.0
+    return self.o_proj(attend(query, key, value, context, dropout).reshape([1, tokens, -1]))
+
+
+def attend(query, key, value, context: Context, dropout: float = 0.0):
+    """Rotary embedding, then causal attention within spans.
 
     Args:
-        query: [1, T, heads, head_dim].
-        key, value: [1, T, kv_heads, head_dim].
-        attn_mask_startend_row_indices: The layout's spans, in order and without gaps: list of `Span`.
+        query: [T, heads, head_dim], before the rotary embedding.
+        key, value: [T, kv_heads, head_dim]; key before the rotary embedding.
 
     Returns:
-        [1, T, heads * head_dim].
+        [T, heads, head_dim].
     """
-    spans = attn_mask_startend_row_indices
-    if spans is None:
-        raise ValueError("the model was set up for training by spans; load it again to call it with a mask")
-    dropout = config.attention_dropout if training else 0.0
-    query, key, value = (x.squeeze(0) for x in (query, key, value))
-    tokens, heads, head_dim = query.shape
-    parts = [_attend(query, key, value, span, dropout) for span in spans]
-    out = parts[0] if len(parts) == 1 else paddle.concat(parts)
-    return out.reshape([1, tokens, heads * head_dim])
+    if not dropout and cpu.fits(query, key, value):
+        return _SpanAttention.apply(query, key, value, context)
+    query, key = (_rotated(x, context) for x in (query, key))
+    parts = [_attend_span(query, key, value, span, dropout) for span in context.spans]
+    return parts[0] if len(parts) == 1 else paddle.concat(parts)
 
 
-def _attend(query, key, value, span: Span, dropout: float):
-    """One span: [l, heads, head_dim]."""
+# -- any device, any dtype -----------------------------------------------------------------------------------------
+
+
+def _rotated(x, context: Context):
+    cos, sin = (paddle.to_tensor(t[:, None]).astype(x.dtype) for t in (context.cos, context.sin))
+    left, right = x.chunk(2, axis=-1)
+    return paddle.concat([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def _attend_span(query, key, value, span: Span, dropout: float):
     queries = query[span.start : span.stop]
     keys, values = (_visible(x, span) for x in (key, value))
     length, heads, head_dim = queries.shape
@@ -75,9 +101,9 @@ def _attend(query, key, value, span: Span, dropout: float):
     queries = queries.reshape([length, kv_heads, group, head_dim]).transpose([1, 2, 0, 3])
     queries = queries.reshape([kv_heads, group * length, head_dim]) * head_dim**-0.5
     scores = paddle.matmul(queries, keys.transpose([1, 2, 0])).reshape([kv_heads, group, length, seen])
-    if length > 1:
-        scores = scores + _causal_bias(seen, scores.dtype)[seen - length :]
-    weights = F.softmax(scores.astype("float32"), axis=-1).astype(values.dtype)
+    scores = scores.astype("float32")
+    scores = scores + paddle.triu(paddle.full([length, seen], -1e30, "float32"), diagonal=1 + seen - length)
+    weights = F.softmax(scores, axis=-1).astype(values.dtype)
     if dropout:
         weights = F.dropout(weights, p=dropout)
     out = paddle.matmul(weights.reshape([kv_heads, group * length, seen]), values.transpose([1, 0, 2]))
@@ -92,13 +118,113 @@ def _visible(x, span: Span):
     return paddle.concat([x[span.prefix[0] : span.prefix[1]], own])
 
 
-def _causal_bias(size: int, dtype):
-    """[size, size]: 0 where query i sees key j <= i, else the lowest number of the dtype."""
-    rounded = 1 << max(6, (size - 1).bit_length())
-    return _rounded_causal_bias(rounded, str(dtype).removeprefix("paddle."))[:size, :size]
+# -- float32 on CPU ------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
-def _rounded_causal_bias(size: int, dtype: str):
-    lowest = paddle.finfo(getattr(paddle, dtype)).min
-    return paddle.triu(paddle.full([size, size], lowest, dtype=dtype), diagonal=1)
+class _SpanAttention(PyLayer):
+    """The same in one node: products by MKL, the rest by cpu.py, gradients written in place."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, context):
+        heads, head_dim = query.shape[1:]
+        kv_heads = key.shape[1]
+        scale = np.float32(head_dim**-0.5)
+        q = _by_head(query, context.cos * scale, context.sin * scale)
+        k, v = _by_head(key, context.cos, context.sin), _by_head(value)
+        out = paddle.empty(query.shape, dtype="float32")
+        bytes_kept = sum(heads * (s.stop - s.start) * _seen(s) * 4 for s in context.spans)
+        kept = [] if bytes_kept <= _KEPT_BYTES else None
+        for span in context.spans:
+            weights = _weights(q, k, span, heads // kv_heads)
+            result = paddle.matmul(weights, _tensor(_keys(v, span)))
+            _scatter(cpu.array_of(result), cpu.array_of(out)[span.start : span.stop])
+            if kept is not None:
+                kept.append(weights)
+        ctx.context, ctx.parts, ctx.kept, ctx.scale = context, (q, k, v), kept, scale
+        ctx.frozen = [x.stop_gradient for x in (query, key, value)]
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        context, (q, k, v), scale = ctx.context, ctx.parts, ctx.scale
+        group = q.shape[0] // k.shape[0]
+        upstream = _by_head(grad)
+        dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
+        for index, span in enumerate(context.spans):
+            weights = ctx.kept[index] if ctx.kept is not None else _weights(q, k, span, group)
+            g = _tensor(_queries(upstream, span, group))
+            scores = paddle.matmul(g, _tensor(_keys(v, span)), transpose_y=True)
+            _add_keys(dv, span, paddle.matmul(weights, g, transpose_x=True))
+            shape = (q.shape[0], span.stop - span.start, _seen(span))
+            cpu.softmax_backward(cpu.array_of(weights).reshape(shape), cpu.array_of(scores).reshape(shape))
+            into = cpu.array_of(paddle.matmul(scores, _tensor(_keys(k, span))))
+            dq[:, span.start : span.stop] = into.reshape(q.shape[0], -1, q.shape[2])
+            _add_keys(dk, span, paddle.matmul(scores, _tensor(_queries(q, span, group)), transpose_x=True))
+        cos, sin = context.cos, context.sin
+        gradients = _by_token(dq, cos * scale, -sin * scale), _by_token(dk, cos, -sin), _by_token(dv)
+        return tuple(None if frozen else g for frozen, g in zip(ctx.frozen, gradients))
+
+
+def _by_head(x, cos: np.ndarray | None = None, sin: np.ndarray | None = None) -> np.ndarray:
+    """[T, heads, D] tensor -> [heads, T, D] array, rotated if angles are given."""
+    source = cpu.array_of(x.contiguous())
+    out = np.empty((source.shape[1], source.shape[0], source.shape[2]), np.float32)
+    if cos is None:
+        out[...] = source.transpose(1, 0, 2)
+    else:
+        cpu.rotate(source, cos, sin, out.transpose(1, 0, 2))
+    return out
+
+
+def _by_token(x: np.ndarray, cos: np.ndarray | None = None, sin: np.ndarray | None = None):
+    """[heads, T, D] array -> [T, heads, D] tensor, rotated if angles are given."""
+    out = paddle.empty([x.shape[1], x.shape[0], x.shape[2]], dtype="float32")
+    if cos is None:
+        cpu.array_of(out)[...] = x.transpose(1, 0, 2)
+    else:
+        cpu.rotate(x.transpose(1, 0, 2), cos, sin, cpu.array_of(out))
+    return out
+
+
+def _weights(q: np.ndarray, k: np.ndarray, span: Span, group: int):
+    """Attention weights of a span, tensor [kv_heads, group * l, n]."""
+    scores = paddle.matmul(_tensor(_queries(q, span, group)), _tensor(_keys(k, span)), transpose_y=True)
+    cpu.causal_softmax(cpu.array_of(scores).reshape(q.shape[0], span.stop - span.start, _seen(span)))
+    return scores
+
+
+def _queries(x: np.ndarray, span: Span, group: int) -> np.ndarray:
+    """Rows of a span, [kv_heads, group * l, D]: the query heads of a key head are behind one another."""
+    own = x[:, span.start : span.stop]
+    return own.reshape(x.shape[0] // group, -1, x.shape[2])
+
+
+def _keys(x: np.ndarray, span: Span) -> np.ndarray:
+    """Rows that a span sees, [kv_heads, n, D]."""
+    own = x[:, span.start : span.stop]
+    return own if span.prefix is None else np.concatenate([x[:, span.prefix[0] : span.prefix[1]], own], axis=1)
+
+
+def _add_keys(total: np.ndarray, span: Span, part) -> None:
+    """Add gradients [kv_heads, n, D] to the rows that a span sees."""
+    part = cpu.array_of(part)
+    before = _seen(span) - (span.stop - span.start)
+    total[:, span.start : span.stop] += part[:, before:]
+    if span.prefix is not None:
+        total[:, span.prefix[0] : span.prefix[1]] += part[:, :before]
+
+
+def _scatter(result: np.ndarray, out: np.ndarray) -> None:
+    """[kv_heads, group * l, D] -> out [l, heads, D]."""
+    length, heads, head_dim = out.shape
+    out[...] = result.reshape(heads, length, head_dim).transpose(1, 0, 2)
+
+
+def _seen(span: Span) -> int:
+    return span.stop - span.start + (span.prefix[1] - span.prefix[0] if span.prefix else 0)
+
+
+def _tensor(array: np.ndarray):
+    out = paddle.empty(list(array.shape), dtype="float32")
+    cpu.array_of(out)[...] = array
+    return out

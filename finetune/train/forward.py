@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train.attention import use_span_attention
+from finetune.train import cpu
+from finetune.train.attention import context_of
+from finetune.train.layers import prepare_layers
 from finetune.train.layout import Layout
 
 _bring_up()
@@ -56,11 +58,11 @@ def total_nll(model, layout: Layout) -> paddle.Tensor:
 def _scored_hidden(model, layout: Layout) -> paddle.Tensor:
     """Last hidden states at the scored positions, [N, hidden]."""
     lm = causal_lm(model)
-    use_span_attention(lm)
+    prepare_layers(lm)
     hidden = lm.qwen2(
         input_ids=paddle.to_tensor(layout.input_ids),
         position_ids=paddle.to_tensor(layout.position_ids),
-        attn_mask_startend_row_indices=layout.spans,
+        attn_mask_startend_row_indices=context_of(lm, layout),
         use_cache=False,
         return_dict=True,
     )[0]
@@ -81,7 +83,7 @@ def owner_counts(layout: Layout) -> np.ndarray:
 class HeadLogps(PyLayer):
     """log softmax(hidden @ head)[target], in chunks of rows; logits are recomputed in the backward pass.
 
-    d logp_t / d logits = onehot(target) - softmax(logits).
+    d logp / d logits = onehot(target) - softmax(logits).
     """
 
     @staticmethod
@@ -92,30 +94,18 @@ class HeadLogps(PyLayer):
         out = []
         for start, stop in _chunks(hidden, weight, transpose):
             logits = _logits(hidden[start:stop], weight, transpose)
-            out.append(-F.cross_entropy(logits, targets[start:stop], reduction="none"))
+            out.append(_target_logps(logits, targets[start:stop]))
         return paddle.concat(out) if out else paddle.zeros([0], dtype="float32")
 
     @staticmethod
     def backward(ctx, grad):
         """grad float32 [N] -> gradients of hidden and, where it is trained, of weight."""
         hidden, weight, targets = ctx.saved_tensor()
-        transpose = ctx.transpose
-        trained = not weight.stop_gradient
-        grad_hidden, grad_weight = [], None
-        for start, stop in _chunks(hidden, weight, transpose):
-            rows = hidden[start:stop]
-            index = targets[start:stop].unsqueeze(-1)
-            g = grad[start:stop].unsqueeze(-1)
-            d_logits = F.softmax(_logits(rows, weight, transpose), axis=-1).multiply_(-g)
-            d_logits = d_logits.put_along_axis_(index, g, axis=1, reduce="add").astype(weight.dtype)
-            grad_hidden.append(paddle.matmul(d_logits, weight, transpose_y=not transpose))
-            if trained:
-                part = _weight_gradient(rows, d_logits, transpose)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
-        grad_hidden = paddle.concat(grad_hidden) if grad_hidden else paddle.zeros_like(hidden)
-        if not trained:
-            return grad_hidden, None
-        return grad_hidden, grad_weight if grad_weight is not None else paddle.zeros_like(weight)
+        gradients = _HeadGradients(hidden, weight, ctx.transpose, trained=not weight.stop_gradient)
+        for start, stop in _chunks(hidden, weight, ctx.transpose):
+            logits = _logits(hidden[start:stop], weight, ctx.transpose)
+            gradients.add(hidden[start:stop], _logps_to_gradient(logits, targets[start:stop], grad[start:stop]))
+        return gradients.of_hidden(), gradients.of_weight
 
 
 class HeadNll(PyLayer):
@@ -128,26 +118,20 @@ class HeadNll(PyLayer):
     def forward(ctx, hidden, weight, targets, transpose, with_gradient):
         """hidden [N, H], weight [V, H] (transpose) or [H, V], targets int64 [N] -> float32 scalar."""
         trained = with_gradient and not weight.stop_gradient
+        gradients = _HeadGradients(hidden, weight, transpose, trained=trained)
         total = paddle.zeros([], dtype="float32")
-        grad_hidden, grad_weight = [], None
         for start, stop in _chunks(hidden, weight, transpose):
-            rows, index = hidden[start:stop], targets[start:stop].unsqueeze(-1)
-            losses, softmax = F.softmax_with_cross_entropy(_logits(rows, weight, transpose), index, return_softmax=True)
-            total += losses.sum()
+            rows, index = hidden[start:stop], targets[start:stop]
+            logits = _logits(rows, weight, transpose)
             if not with_gradient:
+                total -= _target_logps(logits, index).sum()
                 continue
-            softmax.put_along_axis_(index, paddle.full_like(losses, -1.0), axis=1, reduce="add")
-            d_logits = softmax.astype(weight.dtype)
-            grad_hidden.append(paddle.matmul(d_logits, weight, transpose_y=not transpose))
-            if trained:
-                part = _weight_gradient(rows, d_logits, transpose)
-                grad_weight = part if grad_weight is None else grad_weight.add_(part)
+            nll, d_logits = _nll_to_gradient(logits, index)
+            total += nll
+            gradients.add(rows, d_logits)
         ctx.trained = trained
         if with_gradient:
-            grad_hidden = paddle.concat(grad_hidden) if grad_hidden else paddle.zeros_like(hidden)
-            ctx.save_for_backward(
-                grad_hidden, paddle.zeros_like(weight) if trained and grad_weight is None else grad_weight
-            )
+            ctx.save_for_backward(gradients.of_hidden(), gradients.of_weight)
         return total
 
     @staticmethod
@@ -158,9 +142,48 @@ class HeadNll(PyLayer):
         return scaled, grad_weight.scale_(float(grad)) if ctx.trained else None
 
 
-def _weight_gradient(rows, d_logits, transpose):
-    left, right = (d_logits, rows) if transpose else (rows, d_logits)
-    return paddle.matmul(left, right, transpose_x=True)
+class _HeadGradients:
+    """Gradients of hidden states and head, from the logits' gradients of one chunk after the other."""
+
+    def __init__(self, hidden, weight, transpose: bool, *, trained: bool):
+        self._hidden, self._weight, self._transpose = hidden, weight, transpose
+        self._parts: list = []
+        self.of_weight = paddle.zeros_like(weight) if trained else None
+
+    def add(self, rows, d_logits) -> None:
+        """rows [n, H]; d_logits [n, V], float32."""
+        d_logits = d_logits.astype(self._weight.dtype)
+        self._parts.append(paddle.matmul(d_logits, self._weight, transpose_y=not self._transpose))
+        if self.of_weight is not None:
+            left, right = (d_logits, rows) if self._transpose else (rows, d_logits)
+            self.of_weight.addmm_(left.t(), right)
+
+    def of_hidden(self):
+        """[N, H]."""
+        return paddle.concat(self._parts) if self._parts else paddle.zeros_like(self._hidden)
+
+
+def _target_logps(logits, targets):
+    """log softmax(logits)[target], float32 [n]; logits are destroyed."""
+    if cpu.fits(logits):
+        return paddle.to_tensor(cpu.target_logps(cpu.array_of(logits), targets.numpy()))
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def _nll_to_gradient(logits, targets):
+    """(-sum of log softmax(logits)[target], its gradient [n, V]); logits are destroyed."""
+    if cpu.fits(logits):
+        return cpu.nll_to_gradient(cpu.array_of(logits), targets.numpy()), logits
+    nll = F.cross_entropy(logits, targets, reduction="sum")
+    return nll, F.softmax(logits, axis=-1) - F.one_hot(targets, logits.shape[-1])
+
+
+def _logps_to_gradient(logits, targets, upstream):
+    """upstream * (onehot(target) - softmax(logits)), [n, V]; logits are destroyed."""
+    if cpu.fits(logits):
+        cpu.logps_to_gradient(cpu.array_of(logits), targets.numpy(), upstream.numpy())
+        return logits
+    return (F.one_hot(targets, logits.shape[-1]) - F.softmax(logits, axis=-1)) * upstream.unsqueeze(-1)
 
 
 def _logits(rows, weight, transpose):

@@ -79,14 +79,14 @@ def test_oldest_turns_make_room_and_the_system_message_stays(opened):
         for i in range(40)
         for message in ({"role": "user", "content": f"q{i} word"}, {"role": "assistant", "content": f"a{i} word"})
     ]
-    talk = Talk(opened, Sampling(max_new_tokens=64), [{"role": "system", "content": "Sys."}, *turns[:-1]])
+    talk = Talk(opened, Sampling(max_new_tokens=64), "", [{"role": "system", "content": "Sys."}, *turns[:-1]])
     ids, dropped = talk.prompt()
     text = opened.tokenizer.decode(ids)
     assert len(ids) <= 512 - 64 and dropped > 0
     assert "Sys." in text and "q39" in text and "q0 " not in text
     assert f"q{dropped} " in text and f"q{dropped - 1} " not in text
     with pytest.raises(DataError, match="too long"):
-        Talk(opened, Sampling(max_new_tokens=64), [{"role": "user", "content": "word " * 600}]).prompt()
+        Talk(opened, Sampling(max_new_tokens=64), "", [{"role": "user", "content": "word " * 600}]).prompt()
 
 
 def test_a_message_that_does_not_fit_is_taken_back(talk, tmp_path):
@@ -106,3 +106,56 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(talk, tmp_path, monkeyp
     said = talk("Hello", f"/save {tmp_path / 't.jsonl'}")
     assert said.out == "Half an\n" and "stopped" in said.err
     assert json.loads((tmp_path / "t.jsonl").read_text())["messages"][1]["content"] == "Half an"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_folder):
+    return open_model(str(tiny_folder))
+
+
+@pytest.fixture
+def compare(opened, base, monkeypatch, capsys):
+    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model: {"tuned": opened, "base": base}[model])
+
+    def run(*lines: str, **settings):
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+        chat("tuned", compare="base", max_new_tokens=8, **settings)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_compare_shows_both_answers_under_their_names(compare, talk, tmp_path):
+    path = tmp_path / "t.jsonl"
+    out = compare("Hello", "/undo", "Hi", "/retry", f"/save {path}").out
+    assert out.count("[base]\n") == out.count("[tuned]\n") == 3
+    assert out.index("[base]") < out.index("[tuned]")
+    messages = json.loads(path.read_text())["messages"]
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["Hi"]
+    assert out.endswith(f"[tuned]\n{messages[-1]['content']}\n")
+    assert talk("Hi").out == f"{messages[-1]['content']}\n"
+
+
+def test_compare_keeps_the_talks_together_when_one_cannot_answer(compare, base, opened, monkeypatch, tmp_path):
+    monkeypatch.setattr(opened.engine.decoder, "context", 150)
+    said = compare("word " * 160, "Hello", f"/save {tmp_path / 't.jsonl'}")
+    assert "too long" in said.err
+    assert len(json.loads((tmp_path / "t.jsonl").read_text())["messages"]) == 2
+
+
+def test_compare_side_by_side(opened, base, monkeypatch):
+    from finetune.infer import chat as module
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr(module.console, "width", 140)
+    monkeypatch.setenv("COLUMNS", "140")
+    talks = [Talk(base, Sampling(max_new_tokens=4), "base"), Talk(opened, Sampling(max_new_tokens=6), "tuned")]
+    module._ask(talks, "Hello")
+    header = next(line for line in screen.getvalue().splitlines() if "base" in line)
+    assert header.index("base") < header.index("tuned")
+    assert [len(talk.messages) for talk in talks] == [2, 2]

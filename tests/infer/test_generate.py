@@ -137,3 +137,91 @@ def test_a_process_answers_a_file_and_refuses_a_bad_one(tiny_folder, rows, tmp_p
     done = finetune("generate", tiny_folder, "--input", rows)
     assert done.returncode == 2
     assert f"{rows}:1" in done.stderr and "Traceback" not in done.stderr
+
+
+class Interrupted(Exception):
+    """Stands for Ctrl-C, which pytest takes for its own."""
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Let a run end after some answers, as if it were interrupted."""
+
+    def install(answers: int) -> None:
+        from finetune.infer.partial import PartialAnswers
+
+        add, left = PartialAnswers.add, [answers]
+
+        def limited(self, row, answer):
+            if left[0] == 0:
+                raise Interrupted
+            left[0] -= 1
+            add(self, row, answer)
+
+        monkeypatch.setattr(PartialAnswers, "add", limited)
+
+    yield install
+
+
+def test_an_interrupted_run_goes_on(tiny_untied_folder, rows, tmp_path, stop_after, monkeypatch, capsys):
+    settings = {"input": rows, "max_new_tokens": 8, "temperature": 1.0, "seed": 3, "batch_size": 2}
+    generate(str(tiny_untied_folder), output=tmp_path / "whole.jsonl", **settings)
+    with monkeypatch.context():
+        stop_after(3)
+        with pytest.raises(Interrupted):
+            generate(str(tiny_untied_folder), output=tmp_path / "out.jsonl", **settings)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert "3 of 5 answers are kept" in " ".join(capsys.readouterr().err.split())
+    sidecar = tmp_path / ".out.jsonl.partial"
+    sidecar.write_bytes(sidecar.read_bytes() + b'{"row": 4, "ans')  # cut off while it was written
+    monkeypatch.undo()
+    stop_after(2)  # the rest and nothing more
+    generate(str(tiny_untied_folder), output=tmp_path / "out.jsonl", **{**settings, "batch_size": 4})
+    assert "3 of 5 answers are there" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "out.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    assert not sidecar.exists()
+
+
+@pytest.mark.parametrize("changed", ["settings", "input", "model"])
+def test_what_changed_starts_over_and_says_so(
+    tiny_untied_folder, rows, tmp_path, stop_after, monkeypatch, capsys, changed
+):
+    import shutil
+
+    model = shutil.copytree(tiny_untied_folder, tmp_path / "model")
+    settings = {"input": rows, "output": tmp_path / "out.jsonl", "max_new_tokens": 4}
+    stop_after(3)
+    with pytest.raises(Interrupted):
+        generate(str(model), **settings)
+    monkeypatch.undo()
+    if changed == "settings":
+        settings["max_new_tokens"] = 5
+    elif changed == "input":
+        rows.write_text(rows.read_text() + '{"prompt": "more"}\n')
+    else:
+        (model / "generation_config.json").write_text('{"eos_token_id": [402]}')
+    generate(str(model), **settings)
+    assert f"({changed} changed): starting over" in " ".join(capsys.readouterr().err.split())
+    assert len(answers(tmp_path / "out.jsonl")) == (6 if changed == "input" else 5)
+
+
+def test_two_processes_do_not_write_one_output(tiny_untied_folder, rows, tmp_path):
+    import fcntl
+
+    with (tmp_path / ".out.jsonl.partial").open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ArgumentError, match="another process"):
+            generate(str(tiny_untied_folder), input=rows, output=tmp_path / "out.jsonl", max_new_tokens=2)
+
+
+def test_bad_rows_are_skipped_and_said(tiny_untied_folder, rows, tmp_path, capsys):
+    good = rows.read_text().splitlines()
+    rows.write_text("\n".join(["nonsense", *good[:2], '{"prompt": 1}', *good[2:]]))
+    generate(str(tiny_untied_folder), input=rows, output=tmp_path / "out.jsonl", max_new_tokens=4, on_bad_row="skip")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "2 bad rows skipped, 5 are left" in said and f"{rows}:1" in said and f"{rows}:4, key prompt" in said
+    assert [row["prompt"] for row in answers(tmp_path / "out.jsonl")][0] == "Hello there"
+    assert len(answers(tmp_path / "out.jsonl")) == 5
+    rows.write_text("nonsense\n")
+    with pytest.raises(DataError, match="not JSON"):
+        generate(str(tiny_untied_folder), input=rows, on_bad_row="skip")

@@ -66,9 +66,9 @@ def test_responses_of_a_pair_are_as_if_each_had_the_prompt_to_itself(tiny_folder
 
 def test_a_model_set_up_for_spans_refuses_to_be_called_without(tiny_folder):
     paddle = bring_up()
-    from finetune.train.attention import use_span_attention
+    from finetune.train.layers import prepare_layers
 
     model = load_model(tiny_folder).model
-    use_span_attention(model)
+    prepare_layers(model)
     with pytest.raises(ValueError, match="load it again"):
         model(input_ids=paddle.ones([1, 4], dtype="int64"))

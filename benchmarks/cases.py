@@ -1,0 +1,106 @@
+"""The cases: what is run on both sides, and what becomes of it. docs/performance.md says what is measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+from benchmarks.figures import CHECKED_STEPS, TOLERANCE, largest_difference, spread
+from benchmarks.folders import ROOT, numbered_rows
+from benchmarks.processes import PEER, reference_python, run_process, run_worker, scratch
+from benchmarks.rounds import Settings, in_turn
+from benchmarks.training import Training, losses, write_recipe
+
+PREPARERS = {"defaults": {}, "parallel": {"dataset_num_proc": len(os.sched_getaffinity(0))}}
+
+
+def prepare(name: str, settings: Settings) -> dict:
+    """Rows per second from a JSONL file to tokens and labels, caches empty."""
+    job, _ = Training("sft", False, 8, "tokens").job(replace(settings, shape="tiny", steps=CHECKED_STEPS))
+    rows = numbered_rows(settings.work / "rows" / f"{settings.rows}.jsonl", settings.rows)
+    job |= {"task": "prepare", "rows": str(rows)}
+
+    def ours() -> dict:
+        with scratch() as folder:
+            return run_worker("ours", job | {"recipe": str(write_recipe(folder / "recipe.yaml", job))})
+
+    peers = {
+        variant: (lambda o=options: run_worker("peer", job | {"options": o})) for variant, options in PREPARERS.items()
+    }
+    sides, fastest = in_turn(name, settings, ours, peers, lambda answer: settings.rows / answer["spent"]["wall"])
+    pairs = [sides.of_round(i, fastest) for i in range(settings.rounds)]
+    same = all((m["rows"], m["targets"]) == (o["rows"], o["targets"]) for m, o in pairs)
+
+    def side(answers: list[dict]) -> dict:
+        rate = spread([settings.rows / answer["spent"]["wall"] for answer in answers])
+        return {"rate": rate, "peak": max(answer["peak"] for answer in answers), "versions": answers[0]["versions"]}
+
+    return {
+        "unit": "rows/s",
+        "shape": "tiny",
+        "settings": {"rows": settings.rows},
+        "ratio": spread([o["spent"]["wall"] / m["spent"]["wall"] for m, o in pairs]),
+        "cpu_ratio": spread([o["spent"]["cpu"] / m["spent"]["cpu"] for m, o in pairs]),
+        "memory_ratio": spread([m["peak"] / o["peak"] for m, o in pairs]),
+        "peer_variant": fastest,
+        "ours": side([m for m, _ in pairs]),
+        "peer": side([o for _, o in pairs]),
+        "rounds": {"ours": sides.ours, "peers": sides.peers},
+        "passed": same,
+    }
+
+
+def startup(name: str, settings: Settings) -> dict:
+    """Seconds from starting the process to the first logged step, tiny model, full fine-tuning."""
+    case = Training("sft", False, 8, "tokens")
+    job, rows = case.job(replace(settings, shape="tiny", steps=CHECKED_STEPS))
+    job |= {"max_steps": 1, "rows": str(rows.shuffled)}
+
+    def ours() -> dict:
+        with scratch() as folder:
+            recipe = write_recipe(folder / "recipe.yaml", job)
+            watch = recipe.with_suffix("") / "metrics.jsonl"
+            process = run_process([sys.executable, "-m", "finetune", "train", str(recipe)], folder, watch)
+            return {"process": process, "steps": [json.loads(watch.read_text().splitlines()[0])]}
+
+    def peer() -> dict:
+        with scratch() as folder:
+            path, watch = folder / "job.json", folder / "marks.jsonl"
+            asked = job | {"options": {}, "output": str(folder / "answer.json"), "marks": str(watch)}
+            path.write_text(json.dumps(asked), encoding="utf-8")
+            process = run_process([reference_python(), str(PEER), str(path)], folder, watch)
+            return {"process": process, "steps": [json.loads(watch.read_text().splitlines()[0])]}
+
+    ours(), peer()  # files into the page cache, modules compiled: as the second run on a machine
+    sides, variant = in_turn(name, settings, ours, {"defaults": peer}, lambda answer: 1 / answer["process"]["first"])
+    pairs = [sides.of_round(i, variant) for i in range(settings.rounds)]
+    difference = largest_difference(losses(sides.ours[0]), losses(sides.peers[variant][0]), count=1)
+    return {
+        "unit": "s",
+        "shape": "tiny",
+        "settings": {"rows": len(rows.tokens[rows.shuffled])},
+        "ratio": spread([m["process"]["first"] / o["process"]["first"] for m, o in pairs]),
+        "cpu_ratio": spread([m["process"]["cpu"] / o["process"]["cpu"] for m, o in pairs]),
+        "peer_variant": variant,
+        "ours": {"rate": spread([m["process"]["first"] for m, _ in pairs])},
+        "peer": {"rate": spread([o["process"]["first"] for _, o in pairs])},
+        "loss_differences": {variant: difference},
+        "rounds": {"ours": sides.ours, "peers": sides.peers},
+        "passed": difference <= TOLERANCE,
+    }
+
+
+CASES: dict[str, Callable[[str, Settings], dict]] = {
+    "sft_lora": Training("sft", True, 8, "tokens"),
+    "sft_full": Training("sft", False, 8, "tokens"),
+    "dpo_lora": Training("dpo", True, 4, "pairs"),
+    "prepare": prepare,
+    "startup": startup,
+}
+if (ROOT / "benchmarks" / "decode.py").exists():
+    from benchmarks.decode import decode
+
+    CASES["decode"] = decode

@@ -1,0 +1,162 @@
+"""Results as tables: on a terminal, and in docs/performance.md between its markers. No figure is typed by hand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.figures import exponents
+
+# Issue 6: what each case is to reach, and the memory of those that it names.
+TARGETS = {
+    "sft_lora": ("at least", 1.5),
+    "sft_full": ("at least", 1.3),
+    "dpo_lora": ("at least", 2.0),
+    "prepare": ("at least", 2.0),
+    "startup": ("at most", 0.8),
+}
+MEMORY_TARGETS = {"sft_lora": 0.6, "dpo_lora": 0.6}
+NOTHING = "not measured yet"
+_HEAD = ("case", "model", "ours", "TRL", "ratio", "asked", "CPU time", "peak memory", "of TRL's", "FLOPs used")
+
+
+def plain_table(record: dict) -> str:
+    """The results of a run in columns."""
+    rows = [_HEAD, *(_row(name, case) for name, case in record["cases"].items())]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def ratio_table(records: Iterable[dict]) -> str:
+    """The same in Markdown, of several runs; a later result of a case and model takes the place of an earlier one."""
+    rows = {(name, case["shape"]): _row(name, case) for r in records for name, case in r.get("cases", {}).items()}
+    return _markdown(_HEAD, list(rows.values()))
+
+
+def conditions(records: Iterable[dict]) -> str:
+    """On what the results were measured, one line a run."""
+    lines = []
+    for record in records:
+        machine = record["machine"]
+        loads = [a["process"]["load_before"] for case in record.get("cases", {}).values() for a in _answers(case)]
+        load = f", load before each process at most {max(loads):.1f}" if loads else ""
+        lines.append(
+            f"- {machine['date']}: {machine['processor']}, {machine['cores']} cores, {_gib(machine['memory'])}, "
+            f"Python {machine['python']}{load}; {_versions(record)}"
+        )
+    return "\n".join(lines) or NOTHING
+
+
+def _answers(case: dict) -> list[dict]:
+    rounds = case.get("rounds", {"ours": [], "peers": {}})
+    return rounds["ours"] + [answer for answers in rounds["peers"].values() for answer in answers]
+
+
+def _versions(record: dict) -> str:
+    found = {}
+    for case in record.get("cases", {}).values():
+        for side in ("ours", "peer"):
+            found |= case.get(side, {}).get("versions", {})
+    names = ("paddlepaddle", "paddlenlp", "torch", "transformers", "trl", "peft")
+    return ", ".join(f"{name} {found[name]}" for name in names if name in found)
+
+
+def _row(name: str, case: dict) -> tuple[str, ...]:
+    if "error" in case:
+        return (name, case["shape"], "failed: " + case["error"].splitlines()[0][:60], *[""] * 7)
+    relation, target = TARGETS.get(name, ("", None))
+    sides = case["ours"], case["peer"]
+    memory = "{} / {}".format(*(_gib(side["peak"]) for side in sides)) if "peak" in sides[0] else ""
+    ratio = _spread(case["ratio"])
+    return (
+        name,
+        case["shape"],
+        f"{_number(sides[0]['rate']['median'])} {case['unit']}",
+        f"{_number(sides[1]['rate']['median'])} ({case['peer_variant']})",
+        ratio if case["passed"] else f"{ratio}, but FAILED: other results",
+        f"{relation} {target}" if target else "",
+        _spread(case["cpu_ratio"]),
+        memory,
+        _memory(name, case),
+        " / ".join(f"{100 * s['flop_utilisation']['median']:.0f} %" for s in sides if "flop_utilisation" in s),
+    )
+
+
+def _memory(name: str, case: dict) -> str:
+    if "memory_ratio" not in case:
+        return ""
+    limit = f" (at most {MEMORY_TARGETS[name]})" if name in MEMORY_TARGETS else ""
+    return f"{case['memory_ratio']['median']:.2f}{limit}"
+
+
+# -- cost as work grows ----------------------------------------------------------------------------------------
+
+
+def growth_table(records: Iterable[dict], series: str) -> str:
+    """Sizes, cost, and the power with which each cost grows from one size to the next."""
+    found = [record["scaling"][series] for record in records if series in record.get("scaling", {})]
+    if not found:
+        return NOTHING
+    points, label = found[-1]["points"], found[-1]["label"]
+    sizes = [point["size"] for point in points]
+    powers = ["", *(f"{power:.2f}" for power in exponents(sizes, [point["seconds"] for point in points]))]
+    rows = [
+        (
+            f"{point['size']:,}",
+            f"{point['seconds']:.3g}",
+            f"{point['cpu_seconds']:.3g}",
+            f"{point['work'] / point['seconds']:,.0f}",
+            _gib(point["peak"]),
+            power,
+        )
+        for point, power in zip(points, powers)
+    ]
+    unit = found[-1]["unit"]
+    return _markdown((label, "seconds", "CPU seconds", f"{unit}/s", "peak memory", "grows with power"), rows)
+
+
+# -- the page --------------------------------------------------------------------------------------------------
+
+
+def update_page(page: Path, records: Sequence[dict]) -> None:
+    """Write all tables of the page between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+
+    Raises:
+        ValueError: a table of the page is unknown.
+    """
+
+    def fill(match: re.Match) -> str:
+        return f"<!-- begin {match[1]} -->\n{_table(match[1], records)}\n<!-- end {match[1]} -->"
+
+    text = page.read_text(encoding="utf-8")
+    page.write_text(re.sub(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", fill, text, flags=re.DOTALL), encoding="utf-8")
+
+
+def _table(name: str, records: Sequence[dict]) -> str:
+    if name == "ratios":
+        return ratio_table(records)
+    if name == "conditions":
+        return conditions(records)
+    if name.startswith("growth_"):
+        return growth_table(records, name.removeprefix("growth_"))
+    raise ValueError(f"the page asks for a table {name!r}, which nobody makes")
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return NOTHING
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _spread(values: dict) -> str:
+    return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"

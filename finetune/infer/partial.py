@@ -1,0 +1,188 @@
+"""Answers on their way into an output file: kept as they come, so that an interrupted run goes on where it stopped.
+
+They stand in `.<name>.partial` beside the output, in the order in which they finished; the first line says what they
+answer. The output appears whole, in the order of the input, when the last answer is there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from finetune.errors import ArgumentError
+from finetune.model.resolve import ModelSource
+from finetune.report.console import say
+
+
+class PartialAnswers:
+    """The answers that are there.
+
+    Attributes:
+        done: Whether row i is answered, bool [rows].
+        kept: How many answers an earlier run left.
+    """
+
+    def __init__(self, file: IO[bytes], rows: int):
+        self._file = file
+        self._places = np.full(rows, -1, dtype=np.int64)
+        self.kept = 0
+
+    @property
+    def done(self) -> np.ndarray:
+        return self._places >= 0
+
+    def add(self, row: int, answer: dict[str, Any]) -> None:
+        """Keep the answer of row `row`: at once, whatever happens to the process afterwards."""
+        self._places[row] = self._file.seek(0, os.SEEK_END)
+        self._file.write(json.dumps({"row": row, "answer": answer}, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+
+    def read_back(self) -> None:
+        """Find the answers behind the first line. A last line that was cut off while it was written goes."""
+        place = self._file.tell()
+        for line in self._file:
+            row = _whole_row(line)
+            if row is None or not 0 <= row < len(self._places):
+                break
+            self._places[row] = place
+            place += len(line)
+        self._file.truncate(place)
+        self.kept = int(self.done.sum())
+
+    def in_order(self) -> Iterator[str]:
+        """The lines of the output."""
+        for place in self._places.tolist():
+            self._file.seek(place)
+            yield json.dumps(json.loads(self._file.readline())["answer"], ensure_ascii=False) + "\n"
+
+
+def _whole_row(line: bytes) -> int | None:
+    try:
+        return json.loads(line)["row"] if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+
+@contextmanager
+def resuming(output: Path, rows: int, identity: dict[str, Any]) -> Iterator[PartialAnswers]:
+    """Collect answers for `output`, going on with those of an interrupted run for the same `identity`.
+
+    Args:
+        identity: What decides the answers, by names that a message can use. When one differs from that of the kept
+            answers, these are thrown away, and that is said.
+
+    Raises:
+        ArgumentError: the folder cannot be written, or another process answers into the same output.
+    """
+    sidecar = output.with_name(f".{output.name}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with sidecar.open("a+b") as file:
+            _lock(file, output)
+            partial = _begin(file, rows, identity)
+            try:
+                yield partial
+            except BaseException:
+                _say_kept(sidecar, partial, rows)
+                raise
+            _write_output(output, partial)
+            sidecar.unlink()
+    except OSError as error:
+        raise ArgumentError(
+            f"the file cannot be written: {error.strerror or error}",
+            where=f"--output {output}",
+            fix="Choose another place, or free some space.",
+        ) from error
+
+
+def _lock(file: IO[bytes], output: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ArgumentError(
+            "another process is writing this output", where=f"--output {output}", fix="Wait for it, or give another."
+        ) from error
+
+
+def _begin(file: IO[bytes], rows: int, identity: dict[str, Any]) -> PartialAnswers:
+    file.seek(0)
+    partial = PartialAnswers(file, rows)
+    try:
+        found = json.loads(file.readline() or b"{}")
+    except ValueError:
+        found = {}
+    if found == identity:
+        partial.read_back()
+        if partial.kept:
+            say(f"Going on with an interrupted run: {partial.kept:,} of {rows:,} answers are there.")
+        return partial
+    if found:
+        changed = [name for name, value in identity.items() if found.get(name) != value] or list(found)
+        say(f"The unfinished answers here are of another run ({', '.join(changed)} changed): starting over.")
+    file.truncate(0)
+    file.write(json.dumps(identity).encode() + b"\n")
+    file.flush()
+    return partial
+
+
+def _say_kept(sidecar: Path, partial: PartialAnswers, rows: int) -> None:
+    done = int(partial.done.sum())
+    if done:
+        say(f"{done:,} of {rows:,} answers are kept in {sidecar}; the same command goes on with the rest.")
+    else:
+        sidecar.unlink()
+
+
+def _write_output(output: Path, partial: PartialAnswers) -> None:
+    with replacing(output) as file:
+        file.writelines(partial.in_order())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[str]]:
+    """A text file that takes the place of `path` when it is complete."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new.open("w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise ArgumentError(
+            f"the file cannot be written: {error.strerror or error}",
+            where=f"--output {path}",
+            fix="Choose another place, or free some space.",
+        ) from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_model(source: ModelSource) -> str:
+    """Tells apart the files of a model and its base: names, sizes and times of change, not their whole content."""
+    folders = [source.folder] + ([source.base.folder] if source.base else [])
+    files = [
+        (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    ]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()

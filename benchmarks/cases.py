@@ -9,17 +9,18 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from benchmarks.figures import CHECKED_STEPS, TOLERANCE, largest_difference, spread
-from benchmarks.folders import ROOT, numbered_rows
+from benchmarks.folders import ROOT, SMALLEST, make_model, numbered_rows
 from benchmarks.processes import PEER, reference_python, run_process, run_worker, scratch
 from benchmarks.rounds import Settings, in_turn
-from benchmarks.training import Training, losses, write_recipe
+from benchmarks.training import Training, base_job, losses, write_recipe
 
 PREPARERS = {"defaults": {}, "parallel": {"dataset_num_proc": len(os.sched_getaffinity(0))}}
 
 
 def prepare(name: str, settings: Settings) -> dict:
     """Rows per second from a JSONL file to tokens and labels, caches empty."""
-    job, _ = Training("sft", False, 8, "tokens").job(replace(settings, shape="tiny", steps=CHECKED_STEPS))
+    model = make_model(settings.work / "models" / "smallest", SMALLEST)
+    job = base_job("sft", model, steps=1, batch_size=8)
     rows = numbered_rows(settings.work / "rows" / f"{settings.rows}.jsonl", settings.rows)
     job |= {"task": "prepare", "rows": str(rows)}
 
@@ -40,7 +41,7 @@ def prepare(name: str, settings: Settings) -> dict:
 
     return {
         "unit": "rows/s",
-        "shape": "tiny",
+        "shape": "-",
         "settings": {"rows": settings.rows},
         "ratio": spread([o["spent"]["wall"] / m["spent"]["wall"] for m, o in pairs]),
         "cpu_ratio": spread([o["spent"]["cpu"] / m["spent"]["cpu"] for m, o in pairs]),

@@ -6,7 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,13 +38,12 @@ QWEN2_05B = Shape(
     max_position_embeddings=32_768,
 )
 SHAPES = {
-    "tiny": Shape(
-        **asdict(QWEN2_05B)
-        | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    ),
-    "6l": Shape(**asdict(QWEN2_05B) | {"num_hidden_layers": 6}),
+    "tiny": Shape(hidden_size=64, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=32_768),
+    "6l": replace(QWEN2_05B, num_hidden_layers=6),
     "24l": QWEN2_05B,
 }
+# For the preparation of rows, where only the tokenizer counts.
+SMALLEST = replace(SHAPES["tiny"], vocab_size=QWEN2_05B.vocab_size)
 LORA = LoraSettings(rank=16, alpha=32.0)
 MAX_LENGTH = 1024
 _EMBEDDING_SCALE = 0.05  # tiny_weights spreads logits for tests; a base model's first loss is near ln(vocabulary)
@@ -69,21 +68,24 @@ def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
 
 
 def make_model(folder: Path, shape: Shape, seed: int = 0) -> Path:
-    """A Hugging Face folder of this shape with random float32 weights, tied, and Qwen2's tokenizer if it is at hand."""
+    """A Hugging Face folder of this shape with random float32 weights, tied, and a tokenizer.
+
+    The tokenizer is Qwen2's if the vocabulary has room for it and it is at hand, else the tests' tiny one.
+    """
 
     def fill(partial: Path) -> None:
         write_json(partial / "config.json", tiny_config(shape) | {"bos_token_id": None, "eos_token_id": None})
         weights = tiny_weights(shape, seed=seed)
         weights["model.embed_tokens.weight"] *= np.float32(_EMBEDDING_SCALE)
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        _write_tokenizer(partial)
+        _write_tokenizer(partial, shape)
 
     return _whole(folder, fill)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _write_tokenizer(folder: Path, shape: Shape) -> None:
     found = SHARED / "qwen2-tokenizer"
-    if not found.is_dir():
+    if shape.vocab_size < QWEN2_05B.vocab_size or not found.is_dir():
         tiny_tokenizer(folder)
         return
     for path in found.iterdir():
@@ -199,7 +201,7 @@ def _longest(parts: list[int]) -> int:
 
 
 def _lengths(path: Path, method: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """Of each row the tokens of its sequences, then its supervised tokens; an empty list where nothing is trained on."""
+    """Of each row the tokens of its sequences, then its supervised tokens; empty where nothing is trained on."""
     data = SimpleNamespace(max_length=2**20, overlong="truncate", train_on="last_response")
     dataset, _ = build_dataset([Source(path=str(path))], tokenizer, data=data, method=method)
     found: dict[int, list[int]] = {}

@@ -16,7 +16,14 @@ from benchmarks.folders import ROOT
 
 PEER = Path(__file__).with_name("peer.py")
 TIMEOUT = 3600.0
-_UNSET = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TOKENIZERS_PARALLELISM", "PYTHONPATH", "FINETUNE_CACHE")
+_UNSET = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM",
+    "PYTHONPATH",
+    "PYTHONDONTWRITEBYTECODE",  # would have every process compile its modules anew
+    "FINETUNE_CACHE",
+)
 
 
 class WorkerError(RuntimeError):

@@ -60,9 +60,8 @@ def in_turn(
             answer = run()
             (sides.ours if side == "ours" else sides.peers.setdefault(side, [])).append(answer)
             load = answer["process"]["load_before"]
-            say(
-                f"{name}, round {index + 1} of {settings.rounds}, {side}: {rate(answer):,.3g}/s (load before: {load:.1f})"
-            )
+            turn = f"{name}, round {index + 1} of {settings.rounds}, {side}"
+            say(f"{turn}: {rate(answer):,.3g}/s (load before: {load:.1f})")
         if index == 0 and not settings.all_variants:
             chosen = [_fastest(sides, peers, rate)]
     return sides, _fastest(sides, chosen, rate)

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from benchmarks.figures import step_rates
-from benchmarks.folders import LORA, ROOT, SHAPES, make_adapter, make_model, numbered_rows, write_jsonl
+from benchmarks.folders import LORA, ROOT, SHAPES, SMALLEST, make_adapter, make_model, numbered_rows, write_jsonl
 from benchmarks.machine import RESULTS, machine, write_record
 from benchmarks.processes import WorkerError, run_worker, scratch
 from benchmarks.rounds import say
@@ -47,7 +47,7 @@ def by_rank(work: Path, shape: str, largest: int) -> Points:
 
 def by_rows(work: Path, shape: str, largest: int) -> Points:
     """Preparation of so many rows, caches empty."""
-    job = base_job("sft", make_model(work / "models" / "tiny", SHAPES["tiny"]), steps=1, batch_size=8)
+    job = base_job("sft", make_model(work / "models" / "smallest", SMALLEST), steps=1, batch_size=8)
     for count in _up_to(ROW_COUNTS, largest):
         path = numbered_rows(work / "rows" / f"{count}.jsonl", count)
         with scratch() as folder:

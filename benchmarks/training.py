@@ -188,7 +188,7 @@ def write_recipe(path: Path, job: dict, lora: LoraSettings = LORA) -> Path:
     recipe = {
         "method": job["method"],
         "model": {"path": job.get("adapter") or job["model"], "dtype": "float32"},
-        "data": {"train": [{"path": job["rows"]}], "max_length": job["max_length"], "train_on": "last_response"},
+        "data": {"train": [{"path": job["rows"]}], "max_length": job["max_length"]},
         "training": {
             "output_dir": str(path.with_suffix("")),
             "max_steps": job["max_steps"],
@@ -202,7 +202,9 @@ def write_recipe(path: Path, job: dict, lora: LoraSettings = LORA) -> Path:
     }
     if job.get("adapter"):
         recipe["lora"] = {"rank": lora.rank, "alpha": lora.alpha}
-    if job["method"] == "dpo":
+    if job["method"] == "sft":
+        recipe["data"]["train_on"] = "last_response"  # TRL's completion
+    else:
         recipe["dpo"] = {"beta": job["beta"], "loss_type": "sigmoid"}
     path.write_text(json.dumps(recipe), encoding="utf-8")  # JSON is YAML
     return path

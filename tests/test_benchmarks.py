@@ -132,7 +132,8 @@ def test_flops_of_a_row_follow_the_matrix_products():
     linear, head = 2 * 2 * layer * tokens, 2 * 32 * 416 * targets
     attention = 2 * 2 * 32 * tokens**2
     assert row_flops(SMALL, [tokens], targets, lora=False) == 3 * (linear + attention + head)
-    assert row_flops(SMALL, [tokens], targets, lora=True) < 3 * (linear + attention + head)
+    ratio = row_flops(folders.QWEN2_05B, [500], 250, lora=True) / row_flops(folders.QWEN2_05B, [500], 250, lora=False)
+    assert 2 / 3 < ratio < 0.75  # no gradients of the weights, but those of the adapters
     # A pair as long as two samples without a prompt: the same, and the reference's forward pass
     pair, alone = (
         row_flops(SMALL, [0, tokens, tokens], 2 * targets, lora=False),

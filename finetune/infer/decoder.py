@@ -244,7 +244,7 @@ def _linear(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
     if type(module) is not paddle.nn.Linear:
         return module
     held = module._parameters  # not the tensors themselves, which a caller may replace
-    return lambda x: F.linear(x, held["weight"], held["bias"])
+    return lambda x: F.linear(x, held["weight"], held.get("bias"))
 
 
 def _rms_norm(module) -> Callable[[paddle.Tensor], paddle.Tensor]:

@@ -168,13 +168,15 @@ class Decoder:
         slots = paddle.to_tensor((stretch + positions[:, :, None]).reshape(-1))
         mask, where = self._mask(positions, cache.capacity), paddle.to_tensor(positions)
         hidden = F.embedding(paddle.to_tensor(ids), self.body.embed_tokens.weight)
-        turn_q = self._turns(where, self.heads, 1.0 / (math.sqrt(self.head_dim) * self.shrink))
-        turn_k = self._turns(where, self.kv_heads, 1.0)
+        groups = self.heads // self.kv_heads
+        q_shape = [rows, self.kv_heads, groups, self.head_dim]
+        q_shape = q_shape if width == 1 else [rows, width, *q_shape[1:]]
+        turn_q = self._turns(where, self.heads, 1.0 / (math.sqrt(self.head_dim) * self.shrink), q_shape)
+        turn_k = self._turns(where, self.kv_heads, 1.0, [-1, self.head_dim])
         for layer, keys, values in zip(self._layers, cache.keys, cache.values):
             x = layer.input_norm(hidden)
-            q = self._rotate(layer.q(x).reshape([rows, width, self.heads, self.head_dim]), *turn_q)
-            k = self._rotate(layer.k(x).reshape([rows, width, self.kv_heads, self.head_dim]), *turn_k)
-            paddle.scatter_(keys, slots, k.reshape([-1, self.head_dim]))
+            q = self._rotate(layer.q(x).reshape(q_shape), *turn_q)
+            paddle.scatter_(keys, slots, self._rotate(layer.k(x).reshape([-1, self.head_dim]), *turn_k))
             paddle.scatter_(values, slots, layer.v(x).reshape([-1, self.head_dim]))
             hidden = hidden + layer.o(self._attend(q, cache.view(keys), cache.view(values), mask))
             x = layer.middle_norm(hidden)
@@ -190,11 +192,14 @@ class Decoder:
         shape = [len(positions), self.kv_heads, self.heads // self.kv_heads, capacity]
         return paddle.to_tensor(np.ascontiguousarray(np.broadcast_to(mask[:, :, 0], shape)))
 
-    def _turns(self, where: paddle.Tensor, heads: int, scale: float) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """cos and sin at positions [B, T], times `scale`, once per head: each [B, T, heads, head_dim]."""
-        shape = [*where.shape, heads, self.head_dim]
-        cos, sin = (table[where] * scale for table in (self._cos, self._sin))
-        return cos.astype(self.dtype).expand(shape), sin.astype(self.dtype).expand(shape)
+    def _turns(
+        self, where: paddle.Tensor, heads: int, scale: float, shape: list[int]
+    ) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """cos and sin at positions [B, T], times `scale`, once per head: [B, T, heads, head_dim] as `shape`."""
+        whole = [*where.shape, heads, self.head_dim]
+        turns = ((table[where] * scale).astype(self.dtype) for table in (self._cos, self._sin))
+        cos, sin = (turn.expand(whole).reshape(shape) for turn in turns)
+        return cos, sin
 
     def _rotate(self, x: paddle.Tensor, cos: paddle.Tensor, sin: paddle.Tensor) -> paddle.Tensor:
         return x * cos + paddle.roll(x, self.head_dim // 2, axis=-1) * sin
@@ -203,27 +208,28 @@ class Decoder:
         """Attention with the query heads of one key head side by side, so that key heads are not repeated.
 
         Args:
-            q: [B, T, heads, head_dim], scaled. keys, values: [B, kv_heads, C, head_dim]. mask: as `_mask` makes it.
+            q: [B, T, kv_heads, groups, head_dim], or without T for single tokens; scaled.
+            keys, values: [B, kv_heads, C, head_dim].
+            mask: As `_mask` makes it.
 
         Returns:
             [B, T, heads * head_dim].
         """
-        rows, width, capacity = q.shape[0], q.shape[1], keys.shape[2]
-        groups = self.heads // self.kv_heads
-        if width > 1:
-            q = q.reshape([rows, width, self.kv_heads, groups, self.head_dim]).transpose([0, 2, 3, 1, 4])
-        scores = paddle.matmul(q.reshape([rows, self.kv_heads, groups * width, self.head_dim]), keys, transpose_y=True)
-        if width > 1:
-            scores = scores.reshape([rows, self.kv_heads, groups, width, capacity])
-        if scores.dtype != paddle.float32:
-            scores = scores.astype("float32") * self.shrink
-        weights = F.softmax(scores + mask, axis=-1)
-        if weights.dtype != q.dtype:
-            weights = weights.astype(q.dtype)
-        mixed = paddle.matmul(weights.reshape([rows, self.kv_heads, groups * width, capacity]), values)
-        if width > 1:
-            mixed = mixed.reshape([rows, self.kv_heads, groups, width, self.head_dim]).transpose([0, 3, 1, 2, 4])
-        return mixed.reshape([rows, width, self.heads * self.head_dim])
+        if q.ndim == 4:
+            mixed = paddle.matmul(self._weights(paddle.matmul(q, keys, transpose_y=True), mask), values)
+            return mixed.reshape([len(q), 1, self.heads * self.head_dim])
+        rows, width, _, groups, _ = q.shape
+        q = q.transpose([0, 2, 3, 1, 4]).reshape([rows, self.kv_heads, groups * width, self.head_dim])
+        scores = paddle.matmul(q, keys, transpose_y=True).reshape([rows, self.kv_heads, groups, width, -1])
+        weights = self._weights(scores, mask).reshape([rows, self.kv_heads, groups * width, -1])
+        mixed = paddle.matmul(weights, values).reshape([rows, self.kv_heads, groups, width, self.head_dim])
+        return mixed.transpose([0, 3, 1, 2, 4]).reshape([rows, width, self.heads * self.head_dim])
+
+    def _weights(self, scores: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
+        """Attention weights of scores, float32 inside."""
+        if scores.dtype == paddle.float32:
+            return F.softmax(scores + mask, axis=-1)
+        return F.softmax(scores.astype("float32") * self.shrink + mask, axis=-1).astype(scores.dtype)
 
 
 class _Layer:
@@ -244,7 +250,10 @@ def _linear(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
     if type(module) is not paddle.nn.Linear:
         return module
     held = module._parameters  # not the tensors themselves, which a caller may replace
-    return lambda x: F.linear(x, held["weight"], held.get("bias"))
+    # paddle.matmul and + go straight to their kernels; F.linear, which PaddleNLP wraps, does not.
+    if held.get("bias") is None:
+        return lambda x: paddle.matmul(x, held["weight"])
+    return lambda x: paddle.matmul(x, held["weight"]) + held["bias"]
 
 
 def _rms_norm(module) -> Callable[[paddle.Tensor], paddle.Tensor]:

@@ -247,3 +247,17 @@ def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, out: np.ndarray) -> 
         out[rows, :, half:] += left * s
 
     by_rows(len(x), x.shape[1] * x.shape[2] * 4, work)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------
+
+
+def squared_norm(x: np.ndarray) -> float:
+    """Sum of squares of a flat array, in float64 over the blocks."""
+    parts: dict[int, float] = {}
+
+    def work(rows: slice) -> None:
+        parts[rows.start] = float(np.dot(x[rows], x[rows]))
+
+    by_rows(len(x), 4, work)
+    return sum(parts[start] for start in sorted(parts))

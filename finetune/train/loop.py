@@ -23,7 +23,7 @@ from finetune.chat.batches import Plan, Step
 from finetune.errors import TrainingError
 from finetune.model.runtime import paddle as _bring_up
 from finetune.report.console import progress
-from finetune.train.optimizer import NamedAdamW, clip_gradients
+from finetune.train.optimizer import NamedAdamW
 from finetune.train.parallel import World
 
 _bring_up()
@@ -149,8 +149,10 @@ def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[
     # Named by the task, not by what came up here: every rank must send the same list.
     totals = world.all_sum([sums.get(name, 0.0) for name in task.metric_names])
     metrics = {name: total / denominator for name, total in zip(task.metric_names, totals)}
-    metrics["grad_norm"] = clip_gradients(optimizer.parameters, training.max_grad_norm)
-    if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+    metrics["grad_norm"] = math.nan
+    if math.isfinite(metrics["loss"]):
+        metrics["grad_norm"] = optimizer.step(learning_rate(step.number), training.max_grad_norm)
+    if not math.isfinite(metrics["grad_norm"]):
         rows = [source for micro in units for source in task.sources(micro)]
         raise TrainingError(
             f"the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']} at step {step.number + 1}, "
@@ -158,7 +160,6 @@ def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[
             fix="Lower training.learning_rate or raise training.warmup_steps, and look at these rows with "
             "`finetune preview`. The last checkpoint is good.",
         )
-    optimizer.step(learning_rate(step.number))
     return metrics, tokens
 
 

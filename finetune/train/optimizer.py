@@ -1,8 +1,4 @@
-"""AdamW over named parameters, with a state that outlives the process.
-
-Paddle keys its optimizer state by generated names ("linear_3.w_0_moment1_0"), which differ from process to process as
-soon as anything else was built first. Here the state is keyed by the parameter's name in the model.
-"""
+"""AdamW over named parameters, with a state that outlives the process."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import numpy as np
 
 from finetune.errors import CheckpointError
 from finetune.model.runtime import paddle as _bring_up
+from finetune.train import cpu
 
 _bring_up()
 import paddle  # noqa: E402
@@ -41,11 +38,14 @@ def decays(name: str) -> bool:
 
 
 class NamedAdamW:
-    """paddle's AdamW (Loshchilov and Hutter, arXiv:1711.05101), driven by an explicit learning rate each step."""
+    """Paddle's AdamW (Loshchilov and Hutter, arXiv:1711.05101), driven by an explicit learning rate each step.
+
+    Paddle keys its state by generated names ("linear_3.w_0_moment1_0"), which differ from process to process as soon as
+    anything else was built first; here it is keyed by the parameter's name in the model.
+    """
 
     def __init__(self, parameters: dict[str, paddle.Tensor], training: TrainingSection):
         self.parameters = parameters
-        half = any(p.dtype != paddle.float32 for p in parameters.values())
         decayed = {p.name for name, p in parameters.items() if decays(name)}
         self._inner = paddle.optimizer.AdamW(
             learning_rate=training.learning_rate,
@@ -55,16 +55,32 @@ class NamedAdamW:
             parameters=list(parameters.values()),
             weight_decay=training.weight_decay,
             apply_decay_param_fun=decayed.__contains__,
-            multi_precision=half,
+            multi_precision=any(p.dtype != paddle.float32 for p in parameters.values()),
         )
 
-    def step(self, learning_rate: float) -> None:
-        """Apply the gradients held by the parameters, then drop them."""
-        self._inner.set_lr(learning_rate)
-        # The state is made, and named, in the first step; a counter of the process would be part of the names.
-        with paddle.utils.unique_name.guard():
-            self._inner.step()
-        self._inner.clear_grad()
+    def step(self, learning_rate: float, max_norm: float) -> float:
+        """Clip the gradients held by the parameters, apply them, and drop them.
+
+        Args:
+            learning_rate: Of this step.
+            max_norm: Gradients are scaled so that their joint L2 norm is at most this; 0 switches clipping off. The
+                coefficient is max_norm / (norm + 1e-6), as torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013,
+                arXiv:1211.5063).
+
+        Returns:
+            The norm before clipping. Where it is not finite, nothing was applied.
+        """
+        norm = gradient_norm(self.parameters)
+        if math.isfinite(norm):
+            if 0 < max_norm < norm + 1e-6:
+                _scale_gradients(self.parameters, max_norm / (norm + 1e-6))
+            self._inner.set_lr(learning_rate)
+            # The state is made, and named, in the first step; a counter of the process would be part of the names.
+            with paddle.utils.unique_name.guard():
+                self._inner.step()
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return norm
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything but the parameters: "<parameter name>/<slot>" -> float32 array."""
@@ -98,8 +114,8 @@ class NamedAdamW:
             parameter = self.parameters[name]
             if slot == _MASTER:
                 masters[parameter.name] = paddle.to_tensor(value)
-                continue
-            inner[_state_key(parameter, slot)] = paddle.to_tensor(value)
+            else:
+                inner[_state_key(parameter, slot)] = paddle.to_tensor(value)
         if masters:
             inner["master_weights"] = masters
         self._inner.set_state_dict(inner)
@@ -111,22 +127,17 @@ def _state_key(parameter: paddle.Tensor, slot: str) -> str:
     return f"{prefix}_{slot}_0"
 
 
-def clip_gradients(parameters: dict[str, paddle.Tensor], max_norm: float) -> float:
-    """Scale all gradients so that their joint L2 norm is at most `max_norm`; 0 switches clipping off.
-
-    Returns:
-        The norm before clipping. Not finite when any gradient is not; nothing is scaled then.
-
-    Source:
-        Pascanu et al. 2013, arXiv:1211.5063; coefficient max_norm / (norm + 1e-6) as torch.nn.utils.clip_grad_norm_.
-    """
+def gradient_norm(parameters: dict[str, paddle.Tensor]) -> float:
+    """Joint L2 norm of all gradients; not finite when any of them is not."""
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    squares = paddle.stack([g.astype("float32").square().sum() for g in gradients])
-    norm = math.sqrt(float(squares.sum()))
-    if max_norm > 0 and math.isfinite(norm):
-        coefficient = max_norm / (norm + 1e-6)
-        if coefficient < 1.0:
-            with paddle.no_grad():
-                for gradient in gradients:
-                    gradient.scale_(coefficient)
-    return norm
+    if cpu.fits(*gradients):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return math.sqrt(sum(cpu.squared_norm(cpu.array_of(g.contiguous()).reshape(-1)) for g in gradients))
+    return math.sqrt(float(paddle.stack([g.astype("float32").square().sum() for g in gradients]).sum()))
+
+
+def _scale_gradients(parameters: dict[str, paddle.Tensor], factor: float) -> None:
+    with paddle.no_grad():
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.scale_(factor)

@@ -32,7 +32,7 @@ def run(optimizer, steps: range) -> None:
         draw = np.random.default_rng(100 + step)
         for parameter in optimizer.parameters.values():
             parameter.grad = paddle.to_tensor(draw.standard_normal(parameter.shape).astype("float32"))
-        optimizer.step(0.01 * (step + 1))
+        optimizer.step(0.01 * (step + 1), 0.0)
 
 
 def values(optimizer) -> dict[str, np.ndarray]:
@@ -81,12 +81,30 @@ def test_state_of_other_parameters_is_refused():
         build().load(state)
 
 
-@pytest.mark.parametrize(("limit", "scale"), [(1.0, 1 / (5 + 1e-6)), (0.0, 1.0), (100.0, 1.0)])
-def test_clipping_returns_the_joint_norm_and_scales_to_the_limit(limit, scale):
+@pytest.mark.parametrize("limit", [1.0, 0.0, 100.0])
+def test_clipping_returns_the_joint_norm_and_acts_like_smaller_gradients(limit):
     paddle = bring_up()
-    from finetune.train.optimizer import clip_gradients
+    clipped, plain = build(), build()
+    draw = np.random.default_rng(1)
+    gradients = {name: draw.standard_normal(p.shape).astype("float32") for name, p in plain.parameters.items()}
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))
+    scale = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+    for name, gradient in gradients.items():
+        clipped.parameters[name].grad = paddle.to_tensor(gradient)
+        plain.parameters[name].grad = paddle.to_tensor((gradient * scale).astype("float32"))
+    assert clipped.step(0.01, limit) == pytest.approx(norm, rel=1e-6)
+    plain.step(0.01, 0.0)
+    for key, value in clipped.state().items():
+        np.testing.assert_allclose(value, plain.state()[key], rtol=1e-5)
+    assert all(p.grad is None for p in clipped.parameters.values())
 
-    parameters = {name: paddle.create_parameter([2], "float32") for name in "ab"}
-    parameters["a"].grad, parameters["b"].grad = paddle.to_tensor([3.0, 0.0]), paddle.to_tensor([0.0, 4.0])
-    assert clip_gradients(parameters, limit) == pytest.approx(5.0)
-    np.testing.assert_allclose(parameters["b"].grad.numpy(), [0.0, 4.0 * scale], rtol=1e-6)
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    paddle = bring_up()
+    optimizer = build()
+    before = values(optimizer)
+    for parameter in optimizer.parameters.values():
+        parameter.grad = paddle.full(parameter.shape, float("inf"))
+    assert not np.isfinite(optimizer.step(0.01, 1.0))
+    for name, value in values(optimizer).items():
+        np.testing.assert_array_equal(value, before[name])

@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in asked.series or SERIES:
         label, unit, largest, measure = SERIES[name]
         points: list[dict] = []
-        record["scaling"][name] = {"label": label, "unit": unit, "points": points}
+        shape = "none" if name == "rows" else asked.shape
+        record["scaling"][name] = {"label": label, "unit": unit, "shape": shape, "points": points}
         try:
             for point in measure(asked.work.resolve(), asked.shape, asked.largest or largest):
                 points.append(point)

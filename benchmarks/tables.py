@@ -95,10 +95,11 @@ def _memory(name: str, case: dict) -> str:
 
 def growth_table(records: Iterable[dict], series: str) -> str:
     """Sizes, cost, and the power with which each cost grows from one size to the next."""
-    found = [record["scaling"][series] for record in records if series in record.get("scaling", {})]
-    if not found:
+    found = [record for record in records if series in record.get("scaling", {})]
+    if not found or not found[-1]["scaling"][series]["points"]:
         return NOTHING
-    points, label = found[-1]["points"], found[-1]["label"]
+    last = found[-1]["scaling"][series]
+    points = last["points"]
     sizes = [point["size"] for point in points]
     powers = ["", *(f"{power:.2f}" for power in exponents(sizes, [point["seconds"] for point in points]))]
     rows = [
@@ -112,8 +113,8 @@ def growth_table(records: Iterable[dict], series: str) -> str:
         )
         for point, power in zip(points, powers)
     ]
-    unit = found[-1]["unit"]
-    return _markdown((label, "seconds", "CPU seconds", f"{unit}/s", "peak memory", "grows with power"), rows)
+    head = (last["label"], "seconds", "CPU seconds", f"{last['unit']}/s", "peak memory", "power")
+    return f"Model: {last['shape']}. Measured {found[-1]['machine']['date']}.\n\n{_markdown(head, rows)}"
 
 
 # -- the page --------------------------------------------------------------------------------------------------
@@ -135,7 +136,8 @@ def update_page(page: Path, records: Sequence[dict]) -> None:
 
 def _table(name: str, records: Sequence[dict]) -> str:
     if name == "ratios":
-        return ratio_table(records)
+        table = ratio_table(records)
+        return table if table == NOTHING else f"![Times as fast as TRL](performance.svg)\n\n{table}"
     if name == "conditions":
         return conditions(records)
     if name.startswith("growth_"):

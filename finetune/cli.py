@@ -129,7 +129,7 @@ def train(
     check_world_size(loaded, nproc * nnodes)
     from finetune.train.run import train as run
 
-    run(loaded, dry_run=dry_run, nproc=nproc, nnodes=nnodes, master=master)
+    run(loaded, dry_run=dry_run, nproc=nproc, nnodes=nnodes, master=master, answer=_answer)
 
 
 @app.command(epilog='Example: finetune generate outputs/my-run --prompt "What is a kernel?" --max-new-tokens 64')
@@ -315,6 +315,13 @@ def copy_recipe(
 
     written = copy_shipped(name, file, replace=force)
     typer.echo(f"wrote {written}; edit data.train, then: finetune train {written}")
+
+
+def _answer(model, tokenizer, prompts) -> list[str]:
+    """Answers for a run's report. Loaded only when a run has ended, so that none starts later for it."""
+    from finetune.infer.samples import answer
+
+    return answer(model, tokenizer, prompts)
 
 
 def _check_master(nnodes: int, master: str | None) -> None:

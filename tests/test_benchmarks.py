@@ -23,7 +23,7 @@ from finetune.model.resolve import resolve_model
 from finetune.recipe.load import load_recipe
 from tests.tiny import Shape
 
-SMALL = Shape(vocab_size=416, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+SMALL = Shape(hidden_size=32, intermediate_size=48, max_position_embeddings=1024)
 GIB = 2**30
 
 
@@ -187,6 +187,18 @@ def test_workers_choose_their_own_threads(monkeypatch, tmp_path):
     assert "OMP_NUM_THREADS" not in processes.environment(tmp_path)
 
 
+def test_our_worker_notes_each_step_and_the_reference_pass(own_data, tmp_path):
+    model = folders.make_model(tmp_path / "model", SMALL)
+    adapter = folders.make_adapter(tmp_path / "adapter", model, SMALL)
+    rows = folders.make_rows(tmp_path / "rows", "dpo", Tokenizer.from_folder(model), steps=3, batch_size=2)
+    job = base_job("dpo", model, steps=3, batch_size=2) | {"adapter": str(adapter), "rows": str(rows.shuffled)}
+    answer = processes.run_worker("ours", job | {"recipe": str(write_recipe(tmp_path / "recipe.yaml", job))})
+    assert [step["step"] for step in answer["steps"]] == [1, 2, 3]
+    assert answer["steps"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert answer["reference"]["wall"] > 0 and answer["matmul_gflops"] > 0
+    assert all(step["peak"] > 2**20 for step in answer["steps"])
+
+
 # -- tables ----------------------------------------------------------------------------------------------------
 
 
@@ -214,7 +226,7 @@ def record() -> dict:
     return {
         "machine": machine,
         "cases": {"sft_lora": case, "broken": {"shape": "6l", "passed": False, "error": "WorkerError: no\nmore"}},
-        "scaling": {"length": {"label": "tokens", "unit": "tokens", "points": points}},
+        "scaling": {"length": {"label": "tokens", "unit": "tokens", "shape": "6l", "points": points}},
     }
 
 

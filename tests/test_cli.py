@@ -68,14 +68,14 @@ def child_seconds() -> float:
 def test_help_and_version(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
-    for command in ("train", "generate", "chat", "export", "preview", "recipes", "doctor"):
+    for command in ("train", "generate", "chat", "serve", "export", "preview", "recipes", "doctor"):
         assert re.search(rf"^  {command} ", out, re.MULTILINE)
     assert run()[1] == out
     code, out, _ = run("--version")
     assert code == 0 and re.fullmatch(r"paddle-finetune \d+\.\d+\.\d+\n", out)
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "chat", "export", "preview", "recipes list"])
+@pytest.mark.parametrize("command", ["train", "generate", "chat", "serve", "export", "preview", "recipes list"])
 def test_every_command_has_help_with_an_example(run, command):
     code, out, _ = run(*command.split(), "--help")
     assert code == 0 and f"Example: finetune {command}" in out

@@ -20,7 +20,7 @@ FLOORS = (
     {"chat"},
     {"model"},
     {"train", "infer", "export", "evaluate"},
-    {"doctor", "quickstart"},
+    {"doctor", "quickstart", "worker"},
     {"cli"},
     {"__init__", "__main__"},
 )

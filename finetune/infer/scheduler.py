@@ -232,8 +232,8 @@ class Scheduler:
         out: list[Row] = []
         while len(rows) > 1 and len(rows) * capacity_for(max(map(_length, rows)) + 1) > self.max_positions:
             out.append(rows.pop())
+        self._batch.drop(out)
         with self._changed:
-            self._batch.drop(out)
             self._paused.extendleft(out)
 
     def _report(self, rows: list[Row]) -> None:
@@ -258,7 +258,7 @@ class Scheduler:
             for ticket, item in news:
                 ticket.put(item)
 
-        if news:
+        if news and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(hand_out)
 
     def _finish(self, ticket: Ticket) -> None:

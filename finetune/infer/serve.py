@@ -88,6 +88,8 @@ def serve(
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
         Server(app, lambda: _greet(url, model, opened, api_key is not None)).run(sockets=[listener])
+        if app.state.scheduler.alive:  # a second Ctrl-C does not wait for requests
+            app.state.scheduler.stop()
         say("Stopped.", style="dim")
 
 

@@ -44,7 +44,7 @@ def launch(recipe: Recipe, *, nproc: int, nnodes: int, master: str | None) -> No
         folder = Path(scratch)
         job = folder / "recipe.yaml"
         job.write_text(dump_recipe(recipe), encoding="utf-8")
-        worker = ["-m", "finetune.train.worker", str(job), str(folder)]
+        worker = ["-m", "finetune.worker", str(job), str(folder)]
         if nnodes > 1:
             launcher = ["-m", "paddle.distributed.launch", "--master", master, "--nnodes", str(nnodes)]
             launcher += ["--nproc_per_node", str(nproc), "--log_dir", str(folder / "log")]

@@ -54,7 +54,7 @@ class _RmsNorm(PyLayer):
         inverse = np.empty(x.size // x.shape[-1], np.float32)
         cpu.rms_norm(_rows(x), cpu.array_of(weight), epsilon, _rows(out), inverse)
         ctx.save_for_backward(x, weight)
-        ctx.inverse = inverse
+        ctx.inverse, ctx.wants = inverse, wants(x, weight)
         return out
 
     @staticmethod
@@ -64,9 +64,9 @@ class _RmsNorm(PyLayer):
         out = paddle.empty(x.shape, dtype="float32")
         cpu.rms_norm_backward(_rows(x), cpu.array_of(weight), ctx.inverse, _rows(grad), _rows(out))
         grad_weight = None
-        if not weight.stop_gradient:
+        if ctx.wants[1]:
             grad_weight = paddle.to_tensor(np.einsum("th,th,t->h", _rows(grad), _rows(x), ctx.inverse))
-        return wanted([x, weight], [out, grad_weight])
+        return given(ctx.wants, out, grad_weight)
 
 
 def swiglu(gate, up):
@@ -82,6 +82,7 @@ class _Swiglu(PyLayer):
         out = paddle.empty(gate.shape, dtype="float32")
         cpu.swiglu(_rows(gate), _rows(up), _rows(out))
         ctx.save_for_backward(gate, up)
+        ctx.wants = wants(gate, up)
         return out
 
     @staticmethod
@@ -89,7 +90,7 @@ class _Swiglu(PyLayer):
         gate, up = ctx.saved_tensor()
         grad_gate, grad_up = paddle.empty(gate.shape, dtype="float32"), paddle.empty(up.shape, dtype="float32")
         cpu.swiglu_backward(_rows(gate), _rows(up), _rows(grad.contiguous()), _rows(grad_gate), _rows(grad_up))
-        return wanted([gate, up], [grad_gate, grad_up])
+        return given(ctx.wants, grad_gate, grad_up)
 
 
 def lora_linear(layer, x):
@@ -126,9 +127,14 @@ class _LoraLinear(PyLayer):
         return (d_x, None, *[None] * ctx.biased, d_A, d_B)  # the weight and its bias are frozen
 
 
-def wanted(inputs: list, gradients: list) -> tuple:
-    """Gradients as Paddle wants them from a PyLayer: None where the input has none."""
-    return tuple(None if x is None or x.stop_gradient else g for x, g in zip(inputs, gradients))
+def wants(*inputs) -> list[bool]:
+    """Which inputs of a PyLayer take a gradient. Asked in the forward pass: tensors that were saved say otherwise."""
+    return [not x.stop_gradient for x in inputs]
+
+
+def given(wants: list[bool], *gradients) -> tuple:
+    """Gradients as Paddle wants them from a PyLayer: None where the input takes none."""
+    return tuple(gradient if wanted else None for wanted, gradient in zip(wants, gradients))
 
 
 def _rows(tensor) -> np.ndarray:

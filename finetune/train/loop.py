@@ -206,8 +206,10 @@ def evaluate(task, training: TrainingSection, world: World) -> dict[str, float]:
             for key, value in task.loss(layout, 1.0)[1].items():
                 sums[key] = sums.get(key, 0.0) + value
             bar.advance(1)
-    weight, *totals = world.all_sum([weight] + [sums.get(name, 0.0) for name in task.metric_names])
-    return {f"eval_{name}": total / weight for name, total in zip(task.metric_names, totals)}
+        weight, *totals = world.all_sum([weight] + [sums.get(name, 0.0) for name in task.metric_names])
+        metrics = {f"eval_{name}": total / weight for name, total in zip(task.metric_names, totals)}
+        bar.update(eval_loss=metrics["eval_loss"])
+    return metrics
 
 
 @contextmanager

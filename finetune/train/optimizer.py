@@ -69,7 +69,13 @@ class NamedAdamW:
 
         Returns:
             The norm before clipping. Where it is not finite, nothing was applied.
+
+        Raises:
+            RuntimeError: a parameter has no gradient, so it would stay as it is without anyone noticing.
         """
+        untouched = [name for name, p in self.parameters.items() if p.grad is None]
+        if untouched:
+            raise RuntimeError(f"no gradient reached {len(untouched)} trainable tensors, {untouched[0]} among them")
         norm = gradient_norm(self.parameters)
         if math.isfinite(norm):
             if 0 < max_norm < norm + 1e-6:
@@ -129,15 +135,13 @@ def _state_key(parameter: paddle.Tensor, slot: str) -> str:
 
 def gradient_norm(parameters: dict[str, paddle.Tensor]) -> float:
     """Joint L2 norm of all gradients; not finite when any of them is not."""
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    gradients = [p.grad for p in parameters.values()]
     if cpu.fits(*gradients):
-        with np.errstate(over="ignore", invalid="ignore"):
-            return math.sqrt(sum(cpu.squared_norm(cpu.array_of(g.contiguous()).reshape(-1)) for g in gradients))
+        return math.sqrt(sum(cpu.squared_norm(cpu.array_of(g.contiguous()).reshape(-1)) for g in gradients))
     return math.sqrt(float(paddle.stack([g.astype("float32").square().sum() for g in gradients]).sum()))
 
 
 def _scale_gradients(parameters: dict[str, paddle.Tensor], factor: float) -> None:
     with paddle.no_grad():
         for parameter in parameters.values():
-            if parameter.grad is not None:
-                parameter.grad.scale_(factor)
+            parameter.grad.scale_(factor)

@@ -22,9 +22,11 @@ from finetune.report.page import write_report
 from finetune.train.lock import locked
 from finetune.train.parallel import World, join, world_from_environment
 from finetune.train.prepare import Prepared, describe, prepare
+from finetune.train.samples import Answer, write_samples
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
+    from finetune.train.resume import Start
 
 
 class Interrupted(FinetuneError):
@@ -38,6 +40,7 @@ def train(
     nproc: int = 1,
     nnodes: int = 1,
     master: str | None = None,
+    answer: Answer | None = None,
 ) -> None:
     """Run a recipe, or (dry run) say what it would do.
 
@@ -48,6 +51,7 @@ def train(
         nproc: Processes on this machine.
         nnodes: Machines.
         master: HOST:PORT of the first machine, when there are several.
+        answer: Makes the report's samples, see `write_samples`; None leaves them out.
 
     Raises:
         UserError: the recipe, the data or the model folder is wrong.
@@ -64,14 +68,14 @@ def train(
         return
     if not world.is_main:
         console.mute()
-        _run(recipe, world)
+        _run(recipe, world, answer)
         return
     output = Path(recipe.training.output_dir)
     with locked(output):
-        _run(recipe, world)
+        _run(recipe, world, answer)
 
 
-def _run(recipe: Recipe, world: World) -> None:
+def _run(recipe: Recipe, world: World, answer: Answer | None) -> None:
     output = Path(recipe.training.output_dir)
     started = datetime.now(timezone.utc)
     prepared = prepare(recipe, world.size, rank=world.rank)
@@ -88,10 +92,10 @@ def _run(recipe: Recipe, world: World) -> None:
     if world.is_main:
         _open_folder(output, recipe, fresh=start.checkpoint is None)
         describe(prepared, resumed_at=start.step)
-    _guard(prepared, world, start, started)
+    _guard(prepared, world, start, started, answer)
 
 
-def _guard(prepared: Prepared, world: World, start, started: datetime) -> None:
+def _guard(prepared: Prepared, world: World, start: Start, started: datetime, answer: Answer | None) -> None:
     """Run, and turn the machine's faults into messages that say what to lower or make room for."""
     from finetune.train.session import Session
 
@@ -105,6 +109,8 @@ def _guard(prepared: Prepared, world: World, start, started: datetime) -> None:
             reason = session.train(metrics.write)
         if reason != "interrupted":
             session.write_final(output / "final")
+            if world.is_main and answer is not None:
+                write_samples(output / "samples.json", session, answer)
         if world.is_main:
             manifest.write("stopped" if reason == "interrupted" else "finished")
             write_report(output)

@@ -108,3 +108,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     assert not np.isfinite(optimizer.step(0.01, 1.0))
     for name, value in values(optimizer).items():
         np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_parameter_without_gradient_is_an_error():
+    paddle = bring_up()
+    optimizer = build()
+    for name, parameter in optimizer.parameters.items():
+        if not name.endswith("bias"):
+            parameter.grad = paddle.ones(parameter.shape)
+    with pytest.raises(RuntimeError, match="q_proj.bias"):
+        optimizer.step(0.01, 1.0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.runs import finetune, finetune_process, metrics, steps, write_recipe, write_rows
+from tests.runs import WORDS, finetune, finetune_process, metrics, steps, write_recipe, write_rows
 from tests.tiny import tiny_model, tiny_weights, write_weights
 
 METRIC_KEYS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "num_tokens", "tokens_per_second", "seconds"]
@@ -26,13 +26,17 @@ def test_a_run_leaves_the_folder_of_the_contract_and_prints_no_noise(tmp_path, t
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} - {".lock"} == {
-        "recipe.yaml", "manifest.json", "metrics.jsonl", "report.html", "checkpoints", "final",
+        "recipe.yaml", "manifest.json", "metrics.jsonl", "samples.json", "report.html", "checkpoints", "final",
     }  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-4"]
     suffixes = {p.suffix for p in (run / "checkpoints").rglob("*") if p.is_file()}
     assert suffixes == {".json", ".safetensors", ".txt"}
     assert all(list(row) == METRIC_KEYS for row in steps(run))
     assert [row["step"] for row in metrics(run) if "eval_loss" in row] == [2, 4]
+    samples = json.loads((run / "samples.json").read_text())
+    held_out = json.loads((run / "manifest.json").read_text())["data"]["eval"]["kept"]
+    assert len(samples) == min(3, held_out)
+    assert all(set(sample["reference"].split()) <= set(WORDS) for sample in samples)
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["status"] == "finished"
     assert manifest["data"]["train"]["files"][0]["rows"] == 24

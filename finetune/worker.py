@@ -1,4 +1,4 @@
-"""One process of a distributed run: `python -m finetune.train.worker RECIPE FOLDER`, started by launch.py."""
+"""One process of a distributed run: `python -m finetune.worker RECIPE FOLDER`, started by train/launch.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from finetune.errors import FinetuneError
+from finetune.infer.samples import answer
 from finetune.recipe.load import load_recipe
 from finetune.train.parallel import world_from_environment
 from finetune.train.run import train
@@ -18,7 +19,7 @@ def main() -> int:
     """Train; leave an error where the parent finds it."""
     recipe, folder = sys.argv[1], Path(sys.argv[2])
     try:
-        train(load_recipe(recipe))
+        train(load_recipe(recipe), answer=answer)
     except FinetuneError as error:
         return _report(folder, error.exit_code, str(error))
     except Exception as error:  # the parent shows it; nothing is lost

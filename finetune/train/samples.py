@@ -1,0 +1,58 @@
+"""samples.json: what the tuned model answers to a few rows, beside what the rows say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from finetune.train.layout import IGNORE
+
+if TYPE_CHECKING:
+    from finetune.train.session import Session
+
+COUNT = 3
+Answer = Callable[[Any, Any, Sequence[Sequence[int]]], list[str]]
+
+
+def write_samples(path: Path, session: Session, answer: Answer) -> None:
+    """Answer the first evaluation rows (training rows where there are none) and write them down.
+
+    Args:
+        answer: (model, tokenizer, prompts as token ids) -> texts; given from outside, since training does not know of
+            decoding.
+    """
+    prepared = session.prepared
+    rows = prepared.eval if prepared.eval is not None else prepared.train
+    examples = [rows[i] for i in range(min(COUNT, len(rows)))]
+    if prepared.recipe.method == "dpo":
+        examples = [pair.chosen for pair in examples]
+    cut = [last_response(example.labels) for example in examples]
+    decode = prepared.tokenizer.decode
+    prompts = [example.input_ids[:start] for example, (start, _) in zip(examples, cut)]
+    keep = [i for i, prompt in enumerate(prompts) if len(prompt)]
+    texts = answer(session.model, prepared.tokenizer, [prompts[i] for i in keep])
+    samples = [
+        {
+            "prompt": decode(prompts[i].tolist(), skip_special_tokens=False),
+            "reference": decode(examples[i].input_ids[slice(*cut[i])].tolist(), skip_special_tokens=True),
+            "after": text,
+        }
+        for i, text in zip(keep, texts)
+    ]
+    path.write_text(json.dumps(samples, ensure_ascii=False, indent=2), encoding="utf-8")
+
+
+def last_response(labels: np.ndarray) -> tuple[int, int]:
+    """[start, end) of the last run of supervised tokens; labels int [L], -100 where not supervised.
+
+    >>> last_response(np.array([-100, 5, -100, 6, 7, -100]))
+    (3, 5)
+    """
+    supervised = np.flatnonzero(labels != IGNORE)
+    breaks = np.flatnonzero(np.diff(supervised) > 1)
+    start = supervised[breaks[-1] + 1] if len(breaks) else supervised[0]
+    return int(start), int(supervised[-1]) + 1

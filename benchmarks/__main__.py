@@ -29,7 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     except WorkerError as error:
         say(str(error))
         return 2
-    settings = Settings(asked.work.resolve(), asked.shape, asked.rounds, asked.steps, asked.all_variants, asked.rows)
+    settings = Settings(
+        asked.work.resolve(),
+        asked.shape,
+        asked.rounds,
+        asked.steps,
+        asked.all_variants,
+        asked.rows,
+        tuple(asked.variants),
+    )
     output = asked.output or RESULTS / f"{datetime.now(timezone.utc):%Y-%m-%d}.json"
     record = {"machine": machine(), "settings": {"shape": asked.shape, "rounds": asked.rounds}, "cases": {}}
     for name in asked.cases or CASES:
@@ -48,6 +56,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="6l", help="of the training cases' model")
     parser.add_argument("--rows", type=int, default=50_000, help="rows of the preparation case")
     parser.add_argument("--all-variants", action="store_true", help="run each of TRL's variants in every round")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="TRL's variants to run, if not all")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "benchmarks", help="where models are made")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date>.json")
     parser.add_argument(

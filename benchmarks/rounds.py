@@ -26,6 +26,7 @@ class Settings:
     steps: int = 8
     all_variants: bool = False
     rows: int = 50_000
+    variants: tuple[str, ...] = ()  # of the peer's, those to run; () is all
 
 
 @dataclass
@@ -45,7 +46,8 @@ def in_turn(
 ) -> tuple[Sides, str]:
     """Run both sides in alternating order.
 
-    All variants of the peer are run in the first round, and the fastest in the others (or all, if asked for).
+    The peer's variants (those asked for) are run in the first round, the fastest of them in the others (or all, if
+    asked for).
 
     Args:
         rate: Of an answer, what is compared; more is better.
@@ -53,7 +55,8 @@ def in_turn(
     Returns:
         All answers, and the variant with the best median rate.
     """
-    sides, chosen = Sides(), list(peers)
+    sides = Sides()
+    chosen = [variant for variant in peers if variant in settings.variants] or list(peers)
     for index in range(settings.rounds):
         turns = [("ours", ours), *((variant, peers[variant]) for variant in chosen)]
         for side, run in turns if index % 2 == 0 else turns[::-1]:
@@ -63,7 +66,7 @@ def in_turn(
             turn = f"{name}, round {index + 1} of {settings.rounds}, {side}"
             say(f"{turn}: {rate(answer):,.3g}/s (load before: {load:.1f})")
         if index == 0 and not settings.all_variants:
-            chosen = [_fastest(sides, peers, rate)]
+            chosen = [_fastest(sides, chosen, rate)]
     return sides, _fastest(sides, chosen, rate)
 
 

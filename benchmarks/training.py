@@ -57,11 +57,12 @@ class Training:
         }
         ours = self._ours(job, rows.shuffled, rows)
         sides, fastest = in_turn(name, settings, ours, runs, lambda a: a["rates"][f"{self.unit}_per_second"])
-        grouped = self._ours(job | {"max_steps": CHECKED_STEPS}, rows.grouped, rows)()
-        checks = {}
-        for variant, (_, order) in PEERS[self.method].items():
-            mine = sides.ours[0] if order == "shuffled" else grouped
-            checks[variant] = largest_difference(losses(mine), losses(sides.peers[variant][0]))
+        checks, mine = {}, {"shuffled": sides.ours[0]}
+        for variant, answers in sides.peers.items():
+            order = PEERS[self.method][variant][1]
+            if order not in mine:
+                mine[order] = self._ours(job | {"max_steps": CHECKED_STEPS}, rows.grouped, rows)()
+            checks[variant] = largest_difference(losses(mine[order]), losses(answers[0]))
         say(f"{name}: largest relative difference of the first {CHECKED_STEPS} losses {max(checks.values()):.1e}")
         result = self._result(settings, sides, fastest, rows)
         return result | {"loss_differences": checks, "passed": max(checks.values()) <= TOLERANCE}

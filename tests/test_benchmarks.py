@@ -170,6 +170,14 @@ def test_sides_alternate_and_only_the_fastest_variant_goes_on(tmp_path, all_vari
     assert fastest == "fast" and len(sides.ours) == len(sides.peers["fast"]) == 2
 
 
+def test_only_the_variants_asked_for_are_run(tmp_path):
+    turns: list[str] = []
+    peers = {"slow": answers(1.0, turns, "slow"), "fast": answers(2.0, turns, "fast")}
+    settings = Settings(tmp_path, rounds=1, variants=("slow", "of another case"))
+    _, fastest = in_turn("case", settings, answers(3.0, turns, "ours"), peers, lambda answer: answer["rate"])
+    assert turns == ["ours", "slow"] and fastest == "slow"
+
+
 def test_a_process_is_timed_to_its_first_line_and_its_end(tmp_path):
     watch = tmp_path / "lines"
     code = f"open({str(watch)!r}, 'w').write('first\\n')"

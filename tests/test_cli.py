@@ -183,6 +183,7 @@ def test_train_passes_on_what_it_read(run, behind, tmp_path):
     assert run("train", "r.yaml", "--dry-run", "training.max_steps=3", "--nproc", "2", "model.dtype=float32")[0] == 0
     ((recipe,), options) = calls[0]
     assert (recipe.training.max_steps, recipe.model.dtype) == (3, "float32")
+    assert callable(options.pop("answer"))
     assert options == {"dry_run": True, "nproc": 2, "nnodes": 1, "master": None}
 
 

@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from benchmarks.figures import CHECKED_STEPS, TOLERANCE, largest_difference, spread
-from benchmarks.folders import ROOT, SMALLEST, make_model, numbered_rows
+from benchmarks.folders import ROOT, SHAPES, SMALLEST, make_model, numbered_rows
 from benchmarks.processes import PEER, reference_python, run_process, run_worker, scratch
-from benchmarks.rounds import Settings, in_turn
+from benchmarks.rounds import Settings, in_turn, say
 from benchmarks.training import Training, base_job, losses, write_recipe
 
 PREPARERS = {"defaults": {}, "parallel": {"dataset_num_proc": len(os.sched_getaffinity(0))}}
@@ -94,14 +94,49 @@ def startup(name: str, settings: Settings) -> dict:
     }
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """Tokens per second of greedy decoding beside transformers' `generate`: benchmarks/decode.py."""
+
+    batch_size: int
+
+    def __call__(self, name: str, settings: Settings) -> dict:
+        """Run the case."""
+        shape = SMALLEST if settings.shape == "tiny" else SHAPES[settings.shape]
+        folder = make_model(settings.work / "models" / ("smallest" if shape is SMALLEST else settings.shape), shape)
+        with scratch() as place:
+            options = {"--reference": reference_python(), "--batch": self.batch_size, "--rounds": settings.rounds}
+            options |= {"--layers": shape.num_hidden_layers, "--folder": folder, "--output": place / "decode.json"}
+            words = [str(word) for option in options.items() for word in option]
+            process = run_process([sys.executable, str(ROOT / "benchmarks" / "decode.py"), *words], place)
+            found = json.loads((place / "decode.json").read_text(encoding="utf-8"))
+        result = found["batches"][str(self.batch_size)]
+        say(f"{name}: {result['ours']['tokens_per_second']:,.3g}/s, {result['theirs']['tokens_per_second']:,.3g}/s")
+        ratio, cpu = result["ratio"], result["theirs"]["cpu_seconds"] / result["ours"]["cpu_seconds"]
+        return {
+            "unit": "tokens/s",
+            "settings": {key: found[key] for key in ("prompt_tokens", "new_tokens", "rounds")},
+            "ratio": {"median": ratio["of_medians"], "min": ratio["lowest_round"], "max": ratio["highest_round"]},
+            "cpu_ratio": spread([cpu]),
+            "peer_variant": "transformers",
+            "ours": _decoded(result["ours"], found["versions"]["ours"]),
+            "peer": _decoded(result["theirs"], found["versions"]["theirs"]),
+            "rounds": {"ours": [{"process": process}], "peers": {}},
+            "passed": result["same_tokens"],
+        }
+
+
+def _decoded(side: dict, versions: dict) -> dict:
+    rate = {"median": side["tokens_per_second"], "min": side["lowest"], "max": side["highest"]}
+    return {"rate": rate, "versions": versions}
+
+
 CASES: dict[str, Callable[[str, Settings], dict]] = {
     "sft_lora": Training("sft", True, 8, "tokens"),
     "sft_full": Training("sft", False, 8, "tokens"),
     "dpo_lora": Training("dpo", True, 4, "pairs"),
     "prepare": prepare,
     "startup": startup,
+    "decode": Decoding(1),
+    "decode_batch": Decoding(8),
 }
-if (ROOT / "benchmarks" / "decode.py").exists():
-    from benchmarks.decode import decode
-
-    CASES["decode"] = decode

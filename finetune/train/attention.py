@@ -13,15 +13,13 @@ import numpy as np
 
 from finetune.model.runtime import paddle as _bring_up
 from finetune.train import cpu
+from finetune.train.estimate import KEPT_ATTENTION_BYTES
 from finetune.train.layout import Layout, Span
 
 _bring_up()
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
-
-# Attention weights of one layer that are kept for the backward pass; larger ones are computed again.
-_KEPT_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class _SpanAttention(PyLayer):
         k, v = _by_head(key, context.cos, context.sin), _by_head(value)
         out = paddle.empty(query.shape, dtype="float32")
         bytes_kept = sum(heads * (s.stop - s.start) * _seen(s) * 4 for s in context.spans)
-        kept = [] if bytes_kept <= _KEPT_BYTES else None
+        kept = [] if bytes_kept <= KEPT_ATTENTION_BYTES else None
         for span in context.spans:
             weights = _weights(q, k, span, heads // kv_heads)
             result = paddle.matmul(weights, _tensor(_keys(v, span)))

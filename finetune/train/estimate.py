@@ -10,7 +10,10 @@ if TYPE_CHECKING:
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-_CHUNK_LOGITS_BYTES = 2 * 256 * 151_936 * 4  # logits and their gradient, one chunk (forward.py)
+# Of one layer, kept for the backward pass; larger ones are computed again.
+KEPT_ATTENTION_BYTES = 32 * 2**20
+# Logits alive at once, in elements: 256 rows of Qwen2's vocabulary, 156 MB in float32.
+CHUNK_ELEMENTS = 256 * 151_936
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,17 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory of training on one device.
 
-    Activations follow Korthikanti et al. 2022 (arXiv:2205.05198), section 4, counted for this model: about 16 hidden,
-    6 intermediate and 3 x heads x length values a token and layer; with recompute one hidden vector a layer, plus one
-    whole layer at a time.
+    Activations are counted as the layers keep them for the backward pass (layers.py, attention.py): a token and layer
+    keep the residual stream and the norms' results, query, key, value and what attention returns, and the three vectors
+    of the gate; attention weights are kept up to a limit on CPU, and about three times over elsewhere. With recompute:
+    one hidden vector a layer, plus one whole layer at a time.
 
     Args:
         recipe: The run.
         config: The model's config.json.
         dtype: float32, bfloat16 or float16.
         tokens_per_micro_batch: Tokens of one forward pass.
-        length: Tokens of its longest row.
+        length: Tokens of its longest sequence.
     """
     size = 4 if dtype == "float32" else 2
     base = count_parameters(config)
@@ -85,13 +89,17 @@ def estimate(
         adapter = count_lora_parameters(config, recipe.lora.rank, recipe.lora.target_modules)
     trainable = adapter or base
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-    per_layer = 16 * hidden + 6 * config["intermediate_size"] + 3 * config["num_attention_heads"] * length
-    kept = layers * hidden + per_layer if recipe.training.recompute else layers * per_layer
+    shapes = linear_shapes(config)
+    per_token = 8 * hidden + 2 * shapes["k_proj"][1] + 3 * config["intermediate_size"]
+    weights = tokens_per_micro_batch * config["num_attention_heads"] * length * size
+    attention = min(weights, KEPT_ATTENTION_BYTES) if size == 4 else 3 * weights
+    layer = tokens_per_micro_batch * per_token * size + attention
+    kept = layers * tokens_per_micro_batch * hidden * size + layer if recipe.training.recompute else layers * layer
     return Estimate(
         parameters=base,
         trainable=trainable,
         weights=(base + adapter) * size,
         gradients=trainable * size,
         optimizer=trainable * (8 if size == 4 else 12),
-        activations=tokens_per_micro_batch * kept * size + _CHUNK_LOGITS_BYTES,
+        activations=kept + 4 * min(CHUNK_ELEMENTS, tokens_per_micro_batch * config["vocab_size"]),
     )

@@ -11,6 +11,7 @@ import numpy as np
 from finetune.model.runtime import paddle as _bring_up
 from finetune.train import cpu
 from finetune.train.attention import context_of
+from finetune.train.estimate import CHUNK_ELEMENTS
 from finetune.train.layers import prepare_layers
 from finetune.train.layout import Layout
 
@@ -18,9 +19,6 @@ _bring_up()
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle.autograd import PyLayer  # noqa: E402
-
-# Logits alive at once, in elements: 256 rows of Qwen2's vocabulary, 156 MB in float32.
-_CHUNK_ELEMENTS = 256 * 151_936
 
 
 def causal_lm(model):
@@ -192,6 +190,6 @@ def _logits(rows, weight, transpose):
 
 def _chunks(hidden, weight, transpose):
     vocab = weight.shape[0 if transpose else 1]
-    size = max(1, _CHUNK_ELEMENTS // vocab)
+    size = max(1, CHUNK_ELEMENTS // vocab)
     n = hidden.shape[0]
     return [(start, min(start + size, n)) for start in range(0, n, size)]

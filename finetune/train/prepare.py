@@ -130,7 +130,6 @@ def _pack_lengths(dataset: Any, packs: list[list[int]]) -> np.ndarray:
 def _estimate(recipe: Recipe, source: ModelSource, dataset: Any, packs: list[list[int]]) -> Estimate:
     lengths = np.sort(_pack_lengths(dataset, packs))[::-1]
     size = recipe.training.per_device_train_batch_size
-    longest = int(lengths[0])
     dtype = recipe.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if has_gpu() else "float32"
@@ -138,8 +137,8 @@ def _estimate(recipe: Recipe, source: ModelSource, dataset: Any, packs: list[lis
         recipe,
         source.config,
         dtype=dtype,
-        tokens_per_micro_batch=longest * min(size, len(lengths)),
-        length=longest,
+        tokens_per_micro_batch=int(lengths[:size].sum()),
+        length=int(np.max(dataset.lengths)),
     )
 
 

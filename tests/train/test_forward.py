@@ -14,7 +14,7 @@ def test_head_logps_and_gradients_equal_whole_logits(monkeypatch, transpose, tra
     paddle = bring_up()
     from finetune.train import forward
 
-    monkeypatch.setattr(forward, "_CHUNK_ELEMENTS", 100)  # two rows a chunk
+    monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 100)  # two rows a chunk
     random = np.random.default_rng(0)
     weights = random.standard_normal((50, 16) if transpose else (16, 50)).astype("float32")
     rows, scale = random.standard_normal((7, 16)).astype("float32"), random.standard_normal(7).astype("float32")
@@ -43,7 +43,7 @@ def test_total_nll_and_gradients_equal_whole_logits(monkeypatch, transpose, trai
     paddle = bring_up()
     from finetune.train import forward
 
-    monkeypatch.setattr(forward, "_CHUNK_ELEMENTS", 100)
+    monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 100)
     random = np.random.default_rng(1)
     weights = random.standard_normal((50, 16) if transpose else (16, 50)).astype("float32")
     rows, targets = random.standard_normal((7, 16)).astype("float32"), paddle.to_tensor(random.integers(0, 50, 7))

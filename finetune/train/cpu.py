@@ -93,9 +93,9 @@ def target_logps(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return out
 
 
-def nll_to_gradient(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Turn logits [N, V] into the gradient of -sum log softmax(logits)[target], in place; return that sum."""
-    losses = np.empty(len(logits), np.float64)
+def nll_to_gradient(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Turn logits [N, V] into the gradient of each row's -log softmax(logits)[target]; return that, float32 [N]."""
+    losses = np.empty(len(logits), np.float32)
 
     def work(rows: slice) -> None:
         block, index = logits[rows], targets[rows]
@@ -109,7 +109,7 @@ def nll_to_gradient(logits: np.ndarray, targets: np.ndarray) -> float:
         block[at] -= 1.0
 
     by_rows(len(logits), logits.shape[1] * 4, work)
-    return float(losses.sum())
+    return losses
 
 
 def logps_to_gradient(logits: np.ndarray, targets: np.ndarray, upstream: np.ndarray) -> None:

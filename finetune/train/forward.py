@@ -38,7 +38,8 @@ def token_logps(model, layout: Layout) -> paddle.Tensor:
     """
     hidden = _scored_hidden(model, layout)
     head = causal_lm(model).lm_head
-    return HeadLogps.apply(hidden, head.weight, paddle.to_tensor(layout.targets), head.transpose_y)
+    targets = paddle.to_tensor(layout.targets)
+    return HeadLogps.apply(hidden, head.weight, targets, head.transpose_y, not hidden.stop_gradient)
 
 
 def total_nll(model, layout: Layout) -> paddle.Tensor:
@@ -79,27 +80,40 @@ def owner_counts(layout: Layout) -> np.ndarray:
 
 
 class HeadLogps(PyLayer):
-    """log softmax(hidden @ head)[target], in chunks of rows; logits are recomputed in the backward pass.
+    """log softmax(hidden @ head)[target], in chunks of rows.
 
-    d logp / d logits = onehot(target) - softmax(logits).
+    d logp / d logits = onehot(target) - softmax(logits). With a frozen head the gradient of a row of `hidden` is that
+    times the head, times a number that comes with the backward pass; all but the number is made on the way. A trained
+    head needs the numbers first, so its logits are computed again in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, transpose):
+    def forward(ctx, hidden, weight, targets, transpose, with_gradient):
         """hidden [N, H], weight [V, H] (transpose) or [H, V], targets int64 [N] -> float32 [N]."""
-        ctx.transpose = transpose
-        ctx.save_for_backward(hidden, weight, targets)
+        ctx.transpose, ctx.trained = transpose, with_gradient and not weight.stop_gradient
+        ahead = with_gradient and not ctx.trained
+        gradients = _HeadGradients(hidden, weight, transpose, trained=False)
         out = []
         for start, stop in _chunks(hidden, weight, transpose):
-            logits = _logits(hidden[start:stop], weight, transpose)
-            out.append(_target_logps(logits, targets[start:stop]))
+            rows, index = hidden[start:stop], targets[start:stop]
+            logits = _logits(rows, weight, transpose)
+            if not ahead:
+                out.append(_target_logps(logits, index))
+                continue
+            nll, d_logits = _nll_to_gradient(logits, index)
+            out.append(-nll)
+            gradients.add(rows, d_logits)
+        ctx.save_for_backward(*(gradients.of_hidden(),) if ahead else (hidden, weight, targets))
         return paddle.concat(out) if out else paddle.zeros([0], dtype="float32")
 
     @staticmethod
     def backward(ctx, grad):
         """grad float32 [N] -> gradients of hidden and, where it is trained, of weight."""
+        if not ctx.trained:
+            (of_nll,) = ctx.saved_tensor()
+            return of_nll * (-grad).unsqueeze(-1).astype(of_nll.dtype), None
         hidden, weight, targets = ctx.saved_tensor()
-        gradients = _HeadGradients(hidden, weight, ctx.transpose, trained=not weight.stop_gradient)
+        gradients = _HeadGradients(hidden, weight, ctx.transpose, trained=True)
         for start, stop in _chunks(hidden, weight, ctx.transpose):
             logits = _logits(hidden[start:stop], weight, ctx.transpose)
             gradients.add(hidden[start:stop], _logps_to_gradient(logits, targets[start:stop], grad[start:stop]))
@@ -125,7 +139,7 @@ class HeadNll(PyLayer):
                 total -= _target_logps(logits, index).sum()
                 continue
             nll, d_logits = _nll_to_gradient(logits, index)
-            total += nll
+            total += nll.sum()
             gradients.add(rows, d_logits)
         ctx.trained = trained
         if with_gradient:
@@ -169,10 +183,10 @@ def _target_logps(logits, targets):
 
 
 def _nll_to_gradient(logits, targets):
-    """(-sum of log softmax(logits)[target], its gradient [n, V]); logits are destroyed."""
+    """(-log softmax(logits)[target] of each row, float32 [n]; its gradient [n, V]); logits are destroyed."""
     if cpu.fits(logits):
-        return cpu.nll_to_gradient(cpu.array_of(logits), targets.numpy()), logits
-    nll = F.cross_entropy(logits, targets, reduction="sum")
+        return paddle.to_tensor(cpu.nll_to_gradient(cpu.array_of(logits), targets.numpy())), logits
+    nll = F.cross_entropy(logits, targets, reduction="none")
     return nll, F.softmax(logits, axis=-1) - F.one_hot(targets, logits.shape[-1])
 
 

@@ -31,7 +31,7 @@ def test_head_logps_and_gradients_equal_whole_logits(monkeypatch, transpose, tra
         logits = paddle.matmul(hidden, weight, transpose_y=transpose)
         return -paddle.nn.functional.cross_entropy(logits, targets, reduction="none")
 
-    ours = run(lambda hidden, weight: forward.HeadLogps.apply(hidden, weight, targets, transpose))
+    ours = run(lambda hidden, weight: forward.HeadLogps.apply(hidden, weight, targets, transpose, True))
     for got, want in zip(ours, run(whole)):
         if want is not None:
             np.testing.assert_allclose(got, want, atol=2e-6)
@@ -74,5 +74,5 @@ def test_no_scored_token_gives_an_empty_result_and_zero_gradients():
 
     hidden = paddle.zeros([0, 16])
     hidden.stop_gradient = False
-    out = forward.HeadLogps.apply(hidden, paddle.ones([50, 16]), paddle.zeros([0], dtype="int64"), True)
+    out = forward.HeadLogps.apply(hidden, paddle.ones([50, 16]), paddle.zeros([0], dtype="int64"), True, True)
     assert out.shape == [0]

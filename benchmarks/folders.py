@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterable
@@ -114,7 +115,7 @@ def make_adapter(folder: Path, base: Path, shape: Shape, settings: LoraSettings 
 def _whole(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Make a folder once; one that was only half made is made again."""
     if not folder.exists():
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         fill(partial)
@@ -222,9 +223,11 @@ def _end(labels: np.ndarray) -> int:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
-    """One JSON object a line."""
-    with open(path, "w", encoding="utf-8") as file:
+    """One JSON object a line; the file appears when it is whole."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(partial, path)
     return path
 
 

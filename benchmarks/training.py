@@ -74,7 +74,7 @@ class Training:
         job = base_job(self.method, model, steps=settings.steps, batch_size=self.batch_size)
         if self.lora:
             job["adapter"] = str(make_adapter(settings.work / "models" / f"{settings.shape}-lora", model, shape))
-        folder = settings.work / "rows" / self.method
+        folder = settings.work / "rows" / f"{self.method}-{settings.shape}-{settings.steps}"
         tokenizer = Tokenizer.from_folder(model)
         rows = make_rows(folder, self.method, tokenizer, steps=settings.steps, batch_size=self.batch_size)
         return job, rows

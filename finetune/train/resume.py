@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import Fault, RecipeError
+from finetune.errors import ArgumentError, Fault, RecipeError
 from finetune.report import console
-from finetune.train.checkpoint import Checkpoint, newest_good, open_checkpoint, sweep
+from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep
 
 if TYPE_CHECKING:
     from finetune.train.parallel import World
@@ -64,6 +64,7 @@ def find_start(prepared: Prepared, world: World) -> Start:
     output = Path(training.output_dir)
     root = output / "checkpoints"
     wanted = training.resume_from_checkpoint
+    _refuse_to_replace(output, wanted)
     if wanted == "never":
         return Start()
     if wanted != "auto":
@@ -79,6 +80,23 @@ def find_start(prepared: Prepared, world: World) -> Start:
     _refuse_changes(saved["fingerprint"], fingerprint(prepared), checkpoint)
     done = saved["run"]["step"] >= prepared.plan.total_steps
     return Start(checkpoint, checkpoint.step, finished=done and wanted == "auto" and _has_final(output))
+
+
+def _refuse_to_replace(output: Path, wanted: str) -> None:
+    """A run that starts anew deletes what an earlier one left. Make sure that it is that, and that it may go."""
+    parts = [name for name in ("final", "checkpoints") if (output / name).exists()]
+    if parts and not (output / "manifest.json").exists():
+        raise ArgumentError(
+            f"has {parts[0]}/ but is not the folder of a run (there is no manifest.json)",
+            where=str(output),
+            fix="Choose another training.output_dir.",
+        )
+    if wanted == "auto" and _has_final(output) and not list_steps(output / "checkpoints"):
+        raise ArgumentError(
+            "holds a finished run, but no checkpoints to tell whether it is this one",
+            where=str(output),
+            fix="Choose another training.output_dir, or pass training.resume_from_checkpoint=never to replace it.",
+        )
 
 
 def _has_final(output: Path) -> bool:

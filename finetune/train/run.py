@@ -100,6 +100,7 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
     from finetune.train.session import Session
 
     output = Path(prepared.recipe.training.output_dir)
+    session = None
     try:
         session = Session(prepared, world, start)
         manifest = _Manifest(prepared, session, started)
@@ -127,7 +128,7 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
             raise
         raise TrainingError(
             "memory ran out",
-            where=f"step {session.state.step + 1}" if "session" in locals() else "loading the model",
+            where=f"step {session.state.step + 1}" if session else "loading the model",
             fix="Lower training.per_device_train_batch_size (and raise training.gradient_accumulation_steps), lower "
             "data.max_length, or set training.recompute: true; then run the same command again.",
         ) from error

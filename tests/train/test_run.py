@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,3 +184,24 @@ def test_disk_full_is_told_and_the_earlier_checkpoint_stays(tmp_path, tiny_folde
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-2"]
     assert finetune("train", recipe) == 0
     assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+
+
+def test_a_model_that_cannot_be_told_to_be_this_runs_is_never_deleted(tmp_path, tiny_folder, capsys):
+    recipe = write_recipe(tmp_path, tiny_folder)
+    assert finetune("train", recipe) == 0
+    run = tmp_path / "run"
+    shutil.rmtree(run / "checkpoints")
+    assert finetune("train", recipe) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    (run / "manifest.json").unlink()
+    assert finetune("train", recipe, "training.resume_from_checkpoint=never") == 2
+    assert "is not the folder of a run" in capsys.readouterr().err
+    assert (run / "final" / "model.safetensors").exists()
+
+
+def test_never_starts_over(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, save_steps=2)
+    assert finetune("train", recipe) == 0
+    assert finetune("train", recipe, "training.resume_from_checkpoint=never", "training.max_steps=3") == 0
+    assert [row["step"] for row in steps(tmp_path / "run")] == [1, 2, 3]
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-2", "step-3"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 import traceback
@@ -24,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     asked = _parse(arguments)
     if asked.tables:
         return _write_tables(asked.tables)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worker of the moment is ended too
     try:
         reference_python()
     except WorkerError as error:

@@ -168,7 +168,6 @@ def load_rows(method: str) -> list[dict]:
 
 def make_rows(folder: Path, method: str, tokenizer: Tokenizer, *, steps: int, batch_size: int, seed: int = 0) -> Rows:
     """Draw rows that fit into MAX_LENGTH, so that nothing is cut, and write them in both orders."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = load_rows(method)
     random.Random(seed).shuffle(rows)
     lengths = _lengths(write_jsonl(folder / "all.jsonl", rows), method, tokenizer)
@@ -224,6 +223,7 @@ def _end(labels: np.ndarray) -> int:
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> Path:
     """One JSON object a line; the file appears when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

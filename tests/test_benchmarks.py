@@ -83,7 +83,7 @@ def test_token_counts_end_with_the_last_supervised_token(own_data, tmp_path):
 
 
 def test_numbered_rows_are_all_different(own_data, tmp_path):
-    lines = folders.numbered_rows(tmp_path / "rows.jsonl", 1000).read_text(encoding="utf-8").splitlines()
+    lines = folders.numbered_rows(tmp_path / "new" / "rows.jsonl", 1000).read_text(encoding="utf-8").splitlines()
     assert len(set(lines)) == 1000
 
 

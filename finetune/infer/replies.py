@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator
 from functools import lru_cache
 from typing import Any
@@ -47,7 +48,7 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-class _Reply:
+class _Reply(ABC):
     """What both endpoints share: the envelope, the choices' numbers, the counts.
 
     Args:
@@ -102,14 +103,17 @@ class _Reply:
             self.completion_tokens += len(event.output.tokens)
         return self._choice_pieces(event.prompt * self.plan.samples + event.sample, event)
 
+    @abstractmethod
     def _choice_pieces(self, index: int, event: Event) -> list[Json]:
-        raise NotImplementedError
+        """The chunks' choices that an event makes."""
 
+    @abstractmethod
     def _empty(self, index: int) -> Json:
-        raise NotImplementedError
+        """A choice before anything was said."""
 
+    @abstractmethod
     def _add(self, choice: Json, piece: Json) -> None:
-        raise NotImplementedError
+        """Join a chunk's choice to the whole one."""
 
 
 class ChatReply(_Reply):

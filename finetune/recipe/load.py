@@ -118,10 +118,15 @@ def _place_of(file: File, line: int | None) -> str:
 def _place_findings(
     findings: list[Finding], file: File, lines: dict[Path, int], argument_of: dict[Path, str]
 ) -> list[Fault]:
-    """Findings in the order of the file, arguments last; a key that is not there has its section's line."""
+    """Findings in the order of the file, arguments last; a key that is not there has its section's line.
+
+    A section that only an argument names (`traning.max_steps=3`) is that argument's.
+    """
     placed = []
     for finding in findings:
         path = finding.path
+        if path not in lines:
+            path = next((key for key in argument_of if key[: len(path)] == path and path), path)
         while path and path not in argument_of and path not in lines:
             path = path[:-1]
         line = lines.get(path, 0)

@@ -229,6 +229,7 @@ def test_overrides_displace_what_they_exclude():
         ("0=3", "this is not KEY=VALUE"),
         ("lr=1", "Did you mean training.learning_rate?"),
         ("training.lr=1", "Did you mean training.learning_rate?"),
+        ("traning.seed=1", "Did you mean training?"),
         ("training.seed.x=1", "training.seed is a value"),
         ("data.train.7.path=x", "is a list of 1"),
         ("training.seed=[1", "not valid YAML"),

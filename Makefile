@@ -12,7 +12,7 @@ IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_in
 PIP := -m pip install --disable-pip-version-check --no-input --use-pep517
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity bench clean
+.PHONY: help install demo test soak parity bench clean
 
 # A venv is ready when its mark, written last, names the place where it stands: an interrupted installation has none, a
 # moved or broken one another place. What is not ready is made anew.
@@ -28,6 +28,7 @@ endif
 help:
 	@echo 'make demo      the main job on this CPU: base model, SFT, DPO, generate, export; numbers before and after'
 	@echo 'make test      the test suite'
+	@echo 'make soak      100 kills of training runs, every damage to a checkpoint, 20,000 fuzz cases; about an hour'
 	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
 	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
 	@echo 'make bench     speed and memory beside TRL on this machine; hours. BENCH="sft_lora --rounds 1" for less'
@@ -40,6 +41,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(VENV)/bin/python -m pytest tests --ignore=tests/parity
+
+soak: $(READY)
+	@$(VENV)/bin/python -m pytest tests/soak
 
 parity: $(READY) $(REFERENCE_READY)
 	@FINETUNE_REFERENCE_PYTHON="$(CURDIR)/$(REFERENCE)/bin/python" $(VENV)/bin/python -m pytest tests/parity

@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> train, infer, export, evaluate -> model -> chat -> recipe -> report -> errors."""
+"""Imports point one way: cli -> evaluate -> train, infer, export -> model -> chat -> recipe -> report -> errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FLOORS = (
     {"report", "recipe"},
     {"chat"},
     {"model"},
-    {"train", "infer", "export", "evaluate"},
-    {"doctor", "quickstart", "worker"},
+    {"train", "infer", "export"},
+    {"evaluate", "doctor", "quickstart", "worker"},
     {"cli"},
     {"__init__", "__main__"},
 )

@@ -2,7 +2,8 @@
 
     python ref_generate.py JOBS.json ANSWERS.json
 
-JOBS.json holds a list of jobs, ANSWERS.json gets their answers in order. A job has `model` (folder) and any of
+JOBS.json holds a list of jobs, ANSWERS.json gets their answers in order. A job has `model` (folder), maybe `threads`
+(else 1), and any of
     greedy   {prompts: lists of ids, batch_size, max_new_tokens}: left-padded, with a mask, no end token
     calls    keyword arguments of single `generate` calls, `input_ids` (and `attention_mask`) as lists
     filters  {logits: [B, V] lists, settings: lists of sampling settings}: probabilities after the processors
@@ -62,11 +63,14 @@ def filtered(logits: torch.Tensor, prompt: list[int], settings: dict) -> list[li
     if settings.get("min_p", 0.0):
         processors.append(MinPLogitsWarper(settings["min_p"]))
     ids = torch.tensor([prompt] * len(logits))
-    return torch.softmax(processors(ids, logits.clone()), dim=-1).tolist()
+    # In float64: torch's float32 softmax is off by up to 1.4e-6 on processors without AVX-512.
+    return torch.softmax(processors(ids, logits.clone()).double(), dim=-1).tolist()
 
 
 def answer(job: dict) -> dict:
     """All that one job asks for."""
+    # Tiny products are slower with more threads than one, far slower on a busy machine.
+    torch.set_num_threads(job.get("threads", 1))
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     found: dict = {}
     if "calls" in job:
@@ -81,7 +85,6 @@ def answer(job: dict) -> dict:
 
 if __name__ == "__main__":
     jobs = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(1)  # tiny products are slower with more, far slower on a busy machine
     with torch.no_grad():
         answers = [answer(job) for job in jobs]
     Path(sys.argv[2]).write_text(json.dumps(answers), encoding="utf-8")

@@ -101,6 +101,23 @@ def test_folders_that_transformers_saved(tied, reference, tmp_path):
     assert max(differences) < 1e-5, differences
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_bit_equal_there_and_back(tied, dtype, reference, tmp_path):
+    """Our export opened and saved by transformers, in shards, and read by us again."""
+    folder = tiny_model(tmp_path / "m", shape=SHAPE, tied=tied, dtype=dtype)
+    export(folder, tmp_path / "exported", say=lambda line: None)
+    saved = str(tmp_path / "saved")
+    reference(
+        {"do": "save", "model": str(tmp_path / "exported"), "dtype": dtype, "max_shard_size": "60KB", "output": saved}
+    )
+    export(saved, tmp_path / "back", say=lambda line: None)
+    stored, back = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "back"))
+    assert stored.keys() == back.keys()
+    for name, weight in stored.items():
+        assert back[name].dtype.name == dtype and back[name].tobytes() == weight.tobytes(), name
+
+
 @pytest.mark.parametrize("variant, tied", [("lora", True), ("rslora", False), ("pissa", True)])
 def test_our_adapter_in_peft_and_merged_in_transformers(variant, tied, reference, tmp_path):
     from finetune.model.load import load_model

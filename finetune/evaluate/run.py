@@ -1,0 +1,215 @@
+"""The `evaluate` command: benchmarks of a model, as a table on stdout and, when asked, all figures as JSON."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from finetune import __version__
+from finetune.errors import ArgumentError, FinetuneError
+from finetune.evaluate.benchmarks import BENCHMARKS, Benchmark, find_benchmark
+from finetune.infer.open import open_model
+from finetune.infer.partial import replacing
+from finetune.infer.sampling import DEFAULT_BATCH_SIZE
+from finetune.model.resolve import resolve_model
+from finetune.report.console import say
+
+
+def evaluate(
+    model: str,
+    *,
+    tasks: list[str],
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    output: Path | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    raw: bool = False,
+    include: Path | None = None,
+    allow_code: bool = False,
+) -> None:
+    """Run benchmarks and print one line for each as soon as it is done.
+
+    Args:
+        model: Any MODEL.
+        tasks: Names of `BENCHMARKS`, or of any task of lm-evaluation-harness.
+        limit: Only the first so many questions of each task (of each subject, where a task has subjects).
+        num_fewshot: Examples before each question; the benchmark's own number when None.
+        output: JSON file, replaced after each task, so that what is done survives an interruption.
+        raw: Ask in plain text, without the chat template, as for base models.
+        include: Folder of tasks in the harness's YAML form; they may name Python code, which is run.
+        allow_code: Run programs that the model writes (HumanEval).
+
+    Raises:
+        UserError: a task, an argument or the model is wrong.
+        FinetuneError: the harness is not installed, or a benchmark's questions cannot be had.
+    """
+    _check_harness()
+    source = resolve_model(model)
+    with _quiet():
+        manager = _manager(tasks, include)
+        chosen = {name: _checked(name, manager, allow_code) for name in tasks}
+        from finetune.evaluate.harness import EvaluatedModel
+
+        opened = open_model(source)
+        if not raw and opened.tokenizer.chat_template is None:
+            raise ArgumentError(f"{model} has no chat template", where="MODEL", fix="Add --raw to ask in plain text.")
+        judged = EvaluatedModel(opened, batch_size)
+        record = _record(model, limit, raw)
+        for name, benchmark in chosen.items():
+            shots = benchmark.num_fewshot if num_fewshot is None else num_fewshot
+            record["tasks"][name] = _run(judged, benchmark, manager, limit, shots, raw, allow_code)
+            if len(record["tasks"]) == 1:
+                print(_LINE.format("task", "metric", "value", "error", "questions"))
+            _print_line(name, benchmark, record["tasks"][name])
+            if output is not None:
+                with replacing(output) as file:
+                    json.dump(record, file, indent=2, ensure_ascii=False, default=str)
+    if output is not None:
+        say(f"All figures: {output}")
+
+
+def _check_harness() -> None:
+    try:
+        importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ArgumentError(
+            "lm-evaluation-harness is not installed",
+            where="finetune evaluate",
+            fix="Install it: pip install 'paddle-finetune[evaluate]'.",
+        ) from error
+
+
+def _manager(names: list[str], include: Path | None):
+    """The harness's index of tasks: of the folders that hold these, or of all, which takes seconds."""
+    if include is not None and not include.is_dir():
+        raise ArgumentError(f"{include} is not a folder", where="--include", fix="Name a folder of task YAML files.")
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [root / benchmark.folder for benchmark in map(find_benchmark, names) if benchmark.folder]
+    few = lm_eval.tasks.TaskManager(
+        include_path=[*folders, *([include] if include else [])] or None, include_defaults=False
+    )
+    if all(find_benchmark(name).task in few.all_tasks for name in names):
+        return few
+    return lm_eval.tasks.TaskManager(include_path=include)
+
+
+def _checked(name: str, manager, allow_code: bool) -> Benchmark:
+    benchmark = find_benchmark(name)
+    if benchmark.task not in manager.all_tasks:
+        known = sorted({*BENCHMARKS, *manager.all_tasks})
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        hint = f"Did you mean {', '.join(near)}? " if near else ""
+        raise ArgumentError(
+            f"{name!r} is not a task", where="--tasks", fix=f"{hint}The page's are {', '.join(BENCHMARKS)}."
+        )
+    if "humaneval" in benchmark.task and not allow_code:
+        raise ArgumentError(
+            f"{name} runs the programs that the model writes, on this machine and with your rights",
+            where="--tasks",
+            fix="Add --allow-code where that is acceptable, such as in a container.",
+        )
+    return benchmark
+
+
+def _run(
+    judged, benchmark: Benchmark, manager, limit: int | None, shots: int | None, raw: bool, allow_code: bool
+) -> dict[str, Any]:
+    from datasets import disable_progress_bars
+    from lm_eval import evaluator
+
+    disable_progress_bars()
+    evaluator.get_git_commit_hash = lambda: None  # runs git in the user's folder, whose complaints would be shown
+    if allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric itself asks for
+    try:
+        with redirect_stdout(io.StringIO()):  # tasks print; stdout is for results
+            results = evaluator.simple_evaluate(
+                judged,
+                tasks=[benchmark.task],
+                num_fewshot=shots,
+                limit=limit,
+                task_manager=manager,
+                apply_chat_template=not raw,
+                fewshot_as_multiturn=not raw,
+                log_samples=False,
+                bootstrap_iters=1000,
+                confirm_run_unsafe_code=allow_code,
+            )
+    except (OSError, ImportError) as error:  # a dataset, a metric or a package that is not here and cannot be fetched
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FinetuneError(
+            f"what task {benchmark.task} needs cannot be had: {first[:300]}",
+            where="--tasks",
+            fix="Check the way to the hub (finetune doctor --network, HF_ENDPOINT for a mirror), or fill the cache "
+            "(HF_HOME) where there is one.",
+        ) from error
+    questions = sum(count["effective"] for count in results["n-samples"].values())
+    return {"questions": questions, "results": results["results"], "groups": results.get("groups", {})} | {
+        key: results[key] for key in ("versions", "n-shot", "higher_is_better")
+    }
+
+
+def _record(model: str, limit: int | None, raw: bool) -> dict[str, Any]:
+    packages = ("lm_eval", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "datasets")
+    return {
+        "model": model,
+        "limit": limit,
+        "chat_template": not raw,
+        "versions": {"paddle-finetune": __version__} | {name: _version(name) for name in packages if _version(name)},
+        "tasks": {},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def headline(benchmark: Benchmark, result: dict[str, Any]) -> tuple[str, float, float | None]:
+    """The figure that stands for a benchmark: its name, value, and standard error where there is one."""
+    figures = result["results"][benchmark.task]
+    named = [key for key, value in figures.items() if "," in key and "_stderr," not in key and _is_number(value)]
+    key = benchmark.metric if benchmark.metric in figures else named[0]
+    metric, _, filtered = key.partition(",")
+    error = figures.get(f"{metric}_stderr,{filtered}")
+    label = metric if filtered in ("none", "create_test") else f"{metric} ({filtered})"
+    return label, figures[key], error if _is_number(error) else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_LINE = "{:<20}  {:<34}  {:>8}  {:>8}  {:>9}"
+
+
+def _print_line(name: str, benchmark: Benchmark, result: dict[str, Any]) -> None:
+    label, value, error = headline(benchmark, result)
+    shown = "" if error is None else f"{error:.4f}"
+    print(_LINE.format(name, label, f"{value:.4f}", shown, f"{result['questions']:,}"), flush=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness and what it uses log a lot; what matters is said by the command."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,106 @@
+"""`finetune evaluate`, as users type it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+
+import pytest
+
+from finetune.evaluate.benchmarks import BENCHMARKS
+from tests.evaluate.tasks import NAMES, write_tasks
+from tests.runs import finetune, finetune_process
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("evaluate") / "tiny")
+
+
+def test_own_tasks(model, tmp_path):
+    include, output = write_tasks(tmp_path / "tasks", count=12), tmp_path / "figures.json"
+    done = finetune_process(
+        "evaluate", model, "--tasks", ",".join(NAMES), "--include", include, "--limit", 10, "--output", output
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["task", *NAMES]
+    assert all(line.split()[-1] == "10" for line in lines[1:])
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["score", "score", "answer", "score", "All"]
+    figures = json.loads(output.read_text())
+    assert figures["limit"] == 10 and figures["chat_template"] is True
+    for name, line in zip(NAMES, lines[1:]):
+        result = figures["tasks"][name]
+        assert result["questions"] == 10
+        assert f"{result['results'][name][line.split()[1] + ',none']:.4f}" == line.split()[2]
+
+
+def test_a_name_that_is_no_task(model, capsys):
+    assert finetune("evaluate", model, "--tasks", "gsm8") == 2
+    error = capsys.readouterr().err
+    assert "'gsm8' is not a task" in error and "gsm8k" in error
+
+
+def test_programs_of_the_model_run_only_when_allowed(model, capsys):
+    assert finetune("evaluate", model, "--tasks", "HumanEval") == 2
+    assert "--allow-code" in capsys.readouterr().err
+
+
+def test_no_chat_template(tmp_path, capsys):
+    folder = tiny_model(tmp_path / "plain")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    include = write_tasks(tmp_path / "tasks", count=4)
+    command = ("evaluate", folder, "--tasks", "sums_text", "--include", include)
+    assert finetune(*command) == 2
+    assert "--raw" in capsys.readouterr().err
+    assert finetune(*command, "--raw") == 0
+
+
+def test_without_the_harness(model, monkeypatch, capsys):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert finetune("evaluate", model, "--tasks", "gsm8k") == 2
+    assert "pip install 'paddle-finetune[evaluate]'" in capsys.readouterr().err
+
+
+def test_questions_that_cannot_be_had(model, monkeypatch, capsys):
+    import datasets
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach 'openai/gsm8k' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert finetune("evaluate", model, "--tasks", "gsm8k") == 1
+    error = capsys.readouterr().err
+    assert "Couldn't reach 'openai/gsm8k'" in error and "HF_ENDPOINT" in error
+
+
+QUESTION = {"A": "1", "B": "2", "C": "3", "D": "4", "question": "1+1=?", "answer": "B", "explanation": "", "id": 0}
+# Columns as the hub's data sets have them.
+ROWS = {
+    "cais/mmlu": {"question": "What is 1+1?", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "x"},
+    "ceval/ceval-exam": QUESTION,
+    "openai/gsm8k": {"question": "What is 1+1?", "answer": "It is 2.\n#### 2"},
+}
+
+
+@pytest.mark.parametrize("name", ["mmlu", "ceval", "gsm8k"])
+def test_benchmarks_of_the_page(name, model, monkeypatch, capsys):
+    """The harness's own task files, on rows of the form that the hub's have."""
+    import datasets
+
+    def load(path, *arguments, **options):
+        rows = datasets.Dataset.from_list([ROWS[path]] * 6)
+        return datasets.DatasetDict({split: rows for split in ("train", "auxiliary_train", "dev", "val", "test")})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert finetune("evaluate", model, "--tasks", name, "--limit", 1, "--num-fewshot", 1) == 0
+    header, line = capsys.readouterr().out.splitlines()
+    subjects = {"mmlu": 57, "ceval": 52, "gsm8k": 1}[name]
+    assert line.split()[0] == name and line.split()[-1] == str(subjects)
+    assert line.split()[1] == BENCHMARKS[name].metric.split(",")[0]

@@ -183,12 +183,15 @@ def timed(answer: Callable, prompts: list[list[int]], count: int) -> tuple[float
 
 
 def ours(folder: Path) -> tuple[Callable, dict]:
+    from finetune.infer.cpu import pack
     from finetune.infer.engine import Engine
     from finetune.infer.sampling import Sampling
     from finetune.model.load import load_model
     from finetune.model.runtime import paddle
 
-    engine = Engine(load_model(str(folder), dtype="float32").model, stop_token_ids=[])
+    model = load_model(str(folder), dtype="float32").model
+    pack(model)  # as `generate`, `chat` and `serve` do
+    engine = Engine(model, stop_token_ids=[])
 
     def answer(prompts: list[list[int]], count: int) -> list[list[int]]:
         outputs = engine.generate(prompts, Sampling(max_new_tokens=count), batch_size=len(prompts))

@@ -36,7 +36,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or tiny_model(Path(scratch), shape=shape(arguments))
-        with serving(open_model(str(folder)), Limits(max_batch=arguments.requests)) as server:
+        with serving(open_model(str(folder), pack=True), Limits(max_batch=arguments.requests)) as server:
             print(json.dumps(measure(server, arguments.requests, arguments.new_tokens), indent=2))
 
 

@@ -15,13 +15,13 @@ from finetune.model.adapters import peft_config
 from finetune.model.config import DTYPES
 from finetune.model.convert import EMBEDDING, modules, peft_name
 from finetune.model.files import check_new, new_folder, write_json
+from finetune.model.pickled import unpickled
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import write_tensors
 from finetune.model.weights import open_adapter, short_names, stored_weights
 from finetune.model.write import promise, write_companions, write_hf, write_paddle
 
 FORMATS = ("hf", "paddle", "peft", "gguf")
-GGUF_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def export(
     format: str = "hf",
     dtype: str = "auto",
     verify: bool = False,
+    allow_pickle: bool = False,
     say: Callable[[str], None] = print,
 ) -> Written:
     """Write a model in another layout or number format.
@@ -62,8 +63,9 @@ def export(
         model: A MODEL as on the command line.
         output_dir: Must not exist, or be empty.
         format: hf, paddle, peft (the adapter alone) or gguf.
-        dtype: auto (as the model is stored), float32, bfloat16, float16; gguf also q8_0. F32, BF16, F16 mean the same.
+        dtype: auto (as the model is stored), float32, bfloat16, float16; gguf also q8_0.
         verify: Read the result back and compare its logits with the model's.
+        allow_pickle: Read pickled weights too, see `finetune.model.pickled`.
         say: Where the summary goes, one line each.
 
     Raises:
@@ -71,7 +73,16 @@ def export(
         CheckpointError: the model cannot be read, or the folder not written.
         FinetuneError: what was written differs from the model by more than its number format explains.
     """
-    source, output_dir = resolve_model(model), Path(output_dir)
+    output_dir = Path(output_dir)
+    if allow_pickle:
+        with unpickled(model, output_dir.absolute().parent) as source:
+            return _export(source, output_dir, format, dtype, verify, say)
+    return _export(resolve_model(model), output_dir, format, dtype, verify, say)
+
+
+def _export(
+    source: ModelSource, output_dir: Path, format: str, dtype: str, verify: bool, say: Callable[[str], None]
+) -> Written:
     format, dtype = _checked(source, format, dtype)
     check_new(output_dir)
     written = _write(source, output_dir, format, dtype)
@@ -95,7 +106,6 @@ def _checked(source: ModelSource, format: str, dtype: str) -> tuple[str, str]:
     """Format and dtype, valid for this model; `auto` stays."""
     if format not in FORMATS:
         raise ArgumentError(f"is {format!r}", where="--format", fix=f"One of {', '.join(FORMATS)}.")
-    dtype = GGUF_DTYPES.get(dtype.lower(), dtype)
     known = ("auto", *DTYPES, "q8_0") if format == "gguf" else ("auto", *DTYPES)
     if dtype not in known:
         raise ArgumentError(f"is {dtype!r}", where="--dtype", fix=f"With --format {format}: {', '.join(known)}.")

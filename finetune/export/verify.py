@@ -33,7 +33,7 @@ def compare(source: ModelSource, folder: Path, format: str, dtype: str) -> tuple
     """
     prompts = fixed_prompts(source.config["vocab_size"])
     expected = _logits(load_model(source, dtype="float32"), prompts)
-    loaded = _load_gguf(source, folder) if format == "gguf" else load_model(folder, dtype="float32")
+    loaded = load_gguf(source, folder) if format == "gguf" else load_model(folder, dtype="float32")
     difference = float(np.abs(_logits(loaded, prompts) - expected).max())
     limit = RELATIVE_LIMITS[dtype] * float(expected.std()) if dtype != "float32" else FLOAT32_LIMIT
     return difference, limit
@@ -50,7 +50,8 @@ def _logits(loaded: LoadedModel, prompts: np.ndarray) -> np.ndarray:
     return (output[0] if isinstance(output, tuple) else output).astype("float32").numpy()
 
 
-def _load_gguf(source: ModelSource, folder: Path) -> LoadedModel:
+def load_gguf(source: ModelSource, folder: Path) -> LoadedModel:
+    """A GGUF export of `source` as a float32 model."""
     from finetune.export.gguf import read_gguf
 
     with paddle.utils.unique_name.guard():

@@ -157,11 +157,11 @@ def chat(
         UserError: the model cannot be opened or has no chat template.
     """
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    opened = open_model(model)
+    opened = open_model(model, pack=True)
     opened.tokenizer.template_for(None)
     sides = [(model, opened)]
     if compare is not None:
-        sides.insert(0, (compare, _with_template(open_model(compare), opened)))
+        sides.insert(0, (compare, _with_template(open_model(compare, pack=True), opened)))
     talks = []
     for name, side in sides:
         sampling = Sampling.under_model(side.generation_config, asked, max_new_tokens=max_new_tokens, seed=seed)

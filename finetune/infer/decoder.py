@@ -4,7 +4,7 @@ PaddleNLP's own pass grows the cache by concatenation at every token, repeats th
 masks. This one keeps keys and values in place and computes the same numbers (tests/infer/test_engine.py). Plain
 projections are read off their weights, others (LoRA) are called as modules. What a token costs beside its matrix
 products is mostly the number of operations and, on CPU, broadcasts over anything but the last axes: there are few of
-either (docs/log.md).
+either (docs/log.md). After `finetune.infer.cpu.pack`, steps are that module's.
 
 Each row's keys and values start at slot 0 of its own stretch of the cache, whatever its length: prompts are padded on
 the right while they are read, padding is overwritten or masked, and nothing depends on the other rows. A row may
@@ -24,6 +24,9 @@ _bring_up()
 
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
+
+from finetune.infer.cpu import PackedLinear, Steps  # noqa: E402
+from finetune.model.memory import array_of  # noqa: E402
 
 # The cache grows by this many positions: one copy of the cache per 128 tokens, and no memory for tokens never made.
 _BLOCK = 128
@@ -110,6 +113,7 @@ class Decoder:
         self._layers = [_Layer(layer) for layer in self.body.layers]
         self._last_norm = _rms_norm(self.body.norm)
         self._cos, self._sin = self._rotary_tables(_FIRST_POSITIONS)
+        self._steps = Steps(causal) if isinstance(self.lm_head, PackedLinear) else None
 
     def _rotary_tables(self, length: int) -> tuple[paddle.Tensor, paddle.Tensor]:
         """cos and sin of the model's own rotary embedding, each float32 [length, 1, head_dim].
@@ -147,10 +151,20 @@ class Decoder:
     def step(self, tokens: list[int], cache: KVCache) -> paddle.Tensor:
         """Add one token to every row of the cache; returns the logits after it, float32 [B, V]."""
         with paddle.no_grad():
-            ids = np.asarray(tokens, dtype=np.int64)[:, None]
-            hidden = self._forward(ids, cache.lengths, cache)
+            ids = np.asarray(tokens, dtype=np.int64)
+            if self._steps is None:
+                logits = self._logits(self._forward(ids[:, None], cache.lengths, cache)[:, 0])
+            else:
+                self._make_room(cache, int(cache.lengths.max()) + 1)
+                logits = self._steps(ids, cache, tuple(array_of(t)[cache.lengths] for t in (self._cos, self._sin)))
             cache.lengths = cache.lengths + 1
-            return self._logits(hidden[:, 0])
+            return logits
+
+    def _make_room(self, cache: KVCache, length: int) -> None:
+        """Room for `length` positions in the cache and in the rotary tables."""
+        cache.reserve(length)
+        if cache.capacity > len(self._cos):
+            self._cos, self._sin = self._rotary_tables(max(cache.capacity, 2 * len(self._cos)))
 
     def _logits(self, hidden: paddle.Tensor) -> paddle.Tensor:
         logits = self.lm_head(self._last_norm(hidden))
@@ -160,9 +174,7 @@ class Decoder:
         """Run the layers on ids [B, T], row b at positions starts[b] .. starts[b] + T - 1; hidden states [B, T, H]."""
         rows, width = ids.shape
         positions = starts[:, None] + np.arange(width)  # [B, T]
-        cache.reserve(int(positions.max()) + 1)
-        if cache.capacity > len(self._cos):
-            self._cos, self._sin = self._rotary_tables(max(cache.capacity, 2 * len(self._cos)))
+        self._make_room(cache, int(positions.max()) + 1)
         # Slot of (row, position, kv head) in the stored [B * kv_heads * capacity, head_dim]; order as k_proj gives it.
         stretch = np.arange(rows * self.kv_heads).reshape(rows, 1, self.kv_heads) * cache.capacity
         slots = paddle.to_tensor((stretch + positions[:, :, None]).reshape(-1))

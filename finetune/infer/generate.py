@@ -70,7 +70,7 @@ def generate(
     reader = PromptReader(open_tokenizer(source), source.config["max_position_embeddings"], raw, system)
     if prompt is not None:
         asked = reader.read({"prompt": prompt}, "--prompt")
-        engine = open_model(source).engine
+        engine = open_model(source, pack=True).engine
         if output is None:
             _stream(engine, asked, sampling)
         else:
@@ -80,13 +80,13 @@ def generate(
     skip = on_bad_row == "skip"
     work = _Work(reader.check(Path(input), skip), sampling, batch_size)
     if output is None:
-        work.answer(open_model(source).engine, reader.file(Path(input), skip), sys.stdout)
+        work.answer(open_model(source, pack=True).engine, reader.file(Path(input), skip), sys.stdout)
         return
     settings = [asdict(sampling), system, raw, on_bad_row]
     identity = {"input": hash_file(Path(input)), "model": hash_model(source), "settings": settings}
     with resuming(Path(output), work.count, json.loads(json.dumps(identity))) as partial:
         if not partial.done.all():
-            work.resume(open_model(source).engine, reader.file(Path(input), skip), partial)
+            work.resume(open_model(source, pack=True).engine, reader.file(Path(input), skip), partial)
 
 
 def _sampling(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.chat.tokenizer import Tokenizer
-from finetune.model.files import read_json
+from finetune.model.config import read_generation_config as config_of
 from finetune.model.resolve import ModelSource, resolve_model
 
 if TYPE_CHECKING:
@@ -30,11 +30,15 @@ class Opened:
     source: ModelSource
 
 
-def open_model(model: str | ModelSource, dtype: str = "auto") -> Opened:
+def open_model(model: str | ModelSource, dtype: str = "auto", *, pack: bool = False) -> Opened:
     """Load a hub id, a model folder of any layout, an adapter, a checkpoint or a run's folder.
 
     An adapter is merged in float32, which saves a third of the operations per token. In half precision it is kept
     apart, as it was trained: the sum would be rounded to 8 bits.
+
+    Args:
+        pack: For callers that only want answers: lay the weights out for decoding, where that helps (float32 on CPU).
+            `engine.model` is then good for nothing else.
 
     Raises:
         CheckpointError: the model or its tokenizer cannot be read.
@@ -50,6 +54,10 @@ def open_model(model: str | ModelSource, dtype: str = "auto") -> Opened:
     causal = loaded.model
     if loaded.lora is not None and loaded.dtype == "float32":
         causal = merge_lora(causal)
+    if pack:
+        from finetune.infer.cpu import pack as pack_weights
+
+        pack_weights(causal)
     engine = Engine(causal, tokenizer, stop_token_ids={*tokenizer.stop_token_ids, *config["eos_token_id"]})
     return Opened(engine, tokenizer, config, source)
 
@@ -70,12 +78,12 @@ def read_generation_config(source: ModelSource) -> dict[str, Any]:
         Its keys as they are, but `eos_token_id` is always a list. End and padding token fall back to config.json's.
 
     Raises:
-        CheckpointError: the file is not a JSON object.
+        CheckpointError: the file is not a JSON object, or has a value that makes no sense.
     """
     config: dict[str, Any] = {}
     for folder in (source.folder, source.base.folder if source.base else source.folder):
         if (folder / "generation_config.json").is_file():
-            config = dict(read_json(folder / "generation_config.json"))
+            config = config_of(folder / "generation_config.json")
             break
     for name in ("eos_token_id", "pad_token_id"):
         if config.get(name) is None:

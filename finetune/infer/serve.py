@@ -79,7 +79,7 @@ def serve(
     """
     listener = listen(host, port)
     with contextlib.closing(listener):
-        opened = open_model(model)
+        opened = open_model(model, pack=True)
         app = build_app(opened, model, Limits(max_batch, max_queue, max_new_tokens), api_key=api_key, verbose=verbose)
         url = _url(host, listener.getsockname()[1])
         if api_key is None and not _is_loopback(host):

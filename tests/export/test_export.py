@@ -14,7 +14,8 @@ from finetune.errors import ArgumentError, CheckpointError, FinetuneError
 from finetune.export.export import export
 from finetune.model.adapters import LoraSettings
 from tests.model.compute import logits, shake
-from tests.tiny import tiny_model, tiny_weights
+from tests.runs import finetune
+from tests.tiny import Shape, tiny_model, tiny_weights
 
 
 @pytest.fixture(scope="module", params=["lora", "rslora", "pissa"])
@@ -96,6 +97,17 @@ def test_gguf(tied, dtype, tmp_path):
     assert reader.fields["qwen2.rope.freq_base"].contents() == 1e6
 
 
+def test_every_number_format_of_gguf_by_command(tiny_untied_folder, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    for dtype, name in {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}.items():
+        out = tmp_path / dtype
+        assert finetune("export", tiny_untied_folder, out, "--format", "gguf", "--dtype", dtype, "--verify") == 0
+        assert [path.name for path in out.iterdir()] == [f"model-{name}.gguf"]
+        assert "Verified: largest logit difference" in capsys.readouterr().out
+    assert finetune("export", tiny_untied_folder, tmp_path / "hf", "--dtype", "q8_0") == 2
+    assert "--dtype" in capsys.readouterr().err
+
+
 def test_what_goes_wrong_is_found_by_verify(adapter, tmp_path, monkeypatch):
     import finetune.export.export as module
 
@@ -151,3 +163,23 @@ def test_without_verify_no_paddle_is_loaded(adapter, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True)
     assert done.stdout.startswith("Wrote ")
+
+
+@pytest.mark.parametrize("format", ["hf", "paddle", "gguf"])
+def test_memory_does_not_grow_with_the_model(format, tmp_path):
+    """Peak of a process that exports 4 layers and of one that exports 16 of 8 MB each; half a model of room is left."""
+    if format == "gguf":
+        pytest.importorskip("gguf")
+
+    def peak(layers: int) -> int:
+        shape = Shape(hidden_size=256, intermediate_size=2400, num_hidden_layers=layers)
+        folder = tiny_model(tmp_path / f"m{layers}", shape=shape)
+        code = (
+            "import sys; from finetune.export.export import export;"
+            f"export(sys.argv[1], sys.argv[2], format={format!r}, say=lambda line: None);"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        command = [sys.executable, "-c", code, folder, tmp_path / f"out{layers}"]
+        return int(subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout)
+
+    assert peak(16) - peak(4) < 48_000  # KiB; 12 layers are 96,000

@@ -21,7 +21,7 @@ def opened(tiny_untied_folder):
 @pytest.fixture
 def talk(opened, monkeypatch, capsys):
     """Feed lines to the chat; returns what went to stdout and stderr."""
-    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model: opened)
+    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model, **_: opened)
 
     def run(*lines: str, **settings):
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
@@ -115,7 +115,7 @@ def base(tiny_folder):
 
 @pytest.fixture
 def compare(opened, base, monkeypatch, capsys):
-    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model: {"tuned": opened, "base": base}[model])
+    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model, **_: {"tuned": opened, "base": base}[model])
 
     def run(*lines: str, **settings):
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))

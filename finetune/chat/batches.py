@@ -6,57 +6,128 @@ Pure functions: a step number is enough to resume.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 
-def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> list[list[int]]:
-    """Group samples so that no group is longer than max_length, by first-fit-decreasing.
+class Packs(Sequence):
+    """Row indices of each sequence that the model sees, in two flat arrays.
 
-    The longest sample is placed first, each into the first group with room (equal lengths in order of index), so the
-    result depends on the lengths alone. Groups are ordered by their lowest index and ascending inside. At most 11/9 of
-    the least possible number of groups, plus one.
+    Attributes:
+        rows: int64 [n], the indices, pack after pack.
+        starts: int64 [packs + 1], where each pack begins in `rows`, and n.
+    """
+
+    def __init__(self, rows: np.ndarray, starts: np.ndarray):
+        self.rows, self.starts = rows, starts
+
+    @classmethod
+    def single(cls, n: int) -> Packs:
+        """Each of n rows by itself."""
+        return cls(np.arange(n), np.arange(n + 1))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> list[int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pack {index} of {len(self)}")
+        return self.rows[self.starts[index] : self.starts[index + 1]].tolist()
+
+    def tolist(self) -> list[list[int]]:
+        """All of them."""
+        return list(self)
+
+    def permuted(self, order: np.ndarray) -> Packs:
+        """The same packs in another order, int64 [packs]."""
+        parts = [self.rows[self.starts[i] : self.starts[i + 1]] for i in order]
+        sizes = np.diff(self.starts)[order]
+        return Packs(np.concatenate([self.rows[:0], *parts]), np.concatenate([[0], np.cumsum(sizes)]))
+
+    def sums(self, lengths: np.ndarray) -> np.ndarray:
+        """The sum of each pack's lengths, int64 [packs]."""
+        return np.add.reduceat(lengths[self.rows], self.starts[:-1]) if len(self) else np.zeros(0, np.int64)
+
+
+def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> Packs:
+    """Group samples so that no group is longer than max_length, by best-fit-decreasing.
+
+    The longest sample is placed first, each into the group with the least room that takes it, the one opened first of
+    equals (samples of equal length in order of index), so the result depends on the lengths alone. Groups are ordered
+    by their lowest index and ascending inside. At most 11/9 of the least possible number of groups, plus one (Johnson
+    et al. 1974, SIAM J. Comput. 3(4), as for first fit). Samples of one length are placed together, so that the time
+    is that of sorting, not that of a search for each sample.
 
     Raises:
         ValueError: a sample is longer than max_length.
 
-    >>> pack([3, 5, 2, 1], 6)
+    >>> pack([3, 5, 2, 1], 6).tolist()
     [[0, 2], [1, 3]]
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and int(lengths.max()) > max_length:
         raise ValueError(f"a sample of {int(lengths.max())} tokens does not fit into {max_length}")
-    groups: list[list[int]] = []
-    room = _FirstWithRoom(len(lengths), max_length)
-    for index in np.argsort(-lengths, kind="stable"):
-        group = room.take(int(lengths[index]))
-        if group == len(groups):
-            groups.append([])
-        groups[group].append(int(index))
-    return sorted((sorted(group) for group in groups), key=lambda group: group[0])
+    order = np.argsort(-lengths, kind="stable")
+    starts = np.flatnonzero(np.diff(lengths[order], prepend=-1))
+    groups = _Groups(max_length)
+    owners = np.empty(len(lengths), np.int64)
+    for items in np.split(order, starts[1:]) if len(order) else ():
+        owners[items] = groups.place(int(lengths[items[0]]), len(items))
+    # Groups get their places by their lowest index.
+    lowest = np.full(groups.count, len(lengths), np.int64)
+    np.minimum.at(lowest, owners, np.arange(len(lengths)))
+    ranks = np.empty(groups.count, np.int64)
+    ranks[np.argsort(lowest)] = np.arange(groups.count)
+    owners = ranks[owners]
+    sizes = np.bincount(owners, minlength=groups.count)
+    return Packs(np.argsort(owners, kind="stable"), np.concatenate([[0], np.cumsum(sizes)]))
 
 
-class _FirstWithRoom:
-    """Finds the first group with enough room in O(log n): a binary tree of the most room below each node."""
+class _Groups:
+    """Groups by the room that they have left."""
 
-    def __init__(self, count: int, room: int):
-        self._leaves = 1 << max(0, (count - 1).bit_length())
-        self._most = [room] * (2 * self._leaves)
+    def __init__(self, room: int):
+        self._room = room
+        self.count = 0
+        self._rooms: list[int] = []  # ascending
+        self._by_room: dict[int, np.ndarray] = {}
 
-    def take(self, length: int) -> int:
-        node = 1
-        while node < self._leaves:
-            node *= 2
-            if self._most[node] < length:
-                node += 1
-        group = node - self._leaves
-        self._most[node] -= length
-        while node > 1:
-            node //= 2
-            self._most[node] = max(self._most[2 * node], self._most[2 * node + 1])
-        return group
+    def place(self, length: int, count: int) -> np.ndarray:
+        """The groups of `count` samples of this length, int64 [count]. Lengths come in falling order."""
+        owners: list[np.ndarray] = []
+        while count:
+            at = bisect_left(self._rooms, length)
+            room = self._rooms[at] if at < len(self._rooms) else self._room
+            each = room // length
+            if at < len(self._rooms):
+                groups = self._by_room.pop(self._rooms.pop(at))
+            else:
+                groups = np.arange(self.count, self.count - (-count // each))
+                self.count += len(groups)
+            # The tightest group stays the tightest until it is full, so whole groups are filled one after the other.
+            full = min(len(groups), count // each)
+            owners.append(np.repeat(groups[:full], each))
+            self._give_back(room % length, groups[:full])
+            count -= full * each
+            if count and full < len(groups):
+                owners.append(np.repeat(groups[full : full + 1], count))
+                self._give_back(room - count * length, groups[full : full + 1])
+                count, full = 0, full + 1
+            self._give_back(room, groups[full:])
+        return np.concatenate(owners)
+
+    def _give_back(self, room: int, groups: np.ndarray) -> None:
+        if not len(groups) or not room:
+            return
+        if room in self._by_room:
+            self._by_room[room] = np.sort(np.concatenate([self._by_room[room], groups]))
+        else:
+            insort(self._rooms, room)
+            self._by_room[room] = groups
 
 
 # -- order -----------------------------------------------------------------------------------------------------
@@ -79,12 +150,14 @@ class Step:
         epoch_end: Epochs done after this step, fractional.
         batches: Row indices of each micro-batch of this rank, int64 arrays; may be empty arrays on a rank that has
             no row left in the last step of an epoch.
+        failed: The rows of this step cannot be had (streams only, see `stream.StreamPlan`).
     """
 
     number: int
     epoch: int
     epoch_end: float
     batches: list[np.ndarray]
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +174,7 @@ class Plan:
         batch_size: Rows of a micro-batch on one rank.
         accumulation: Micro-batches of a step.
         total_steps: Length of the run.
+        may_fail: Whether a step can come up short of rows, see `Step.failed`.
     """
 
     n: int
@@ -111,6 +185,7 @@ class Plan:
     shuffle: bool
     world_size: int = 1
     rank: int = 0
+    may_fail: ClassVar[bool] = False
 
     @property
     def rows_per_step(self) -> int:

@@ -270,7 +270,7 @@ def _without(whole: Span, holes: list[Span]) -> list[Span]:
 
 def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> list[Example]:
     """Tokenize texts, on all cores, and mark the supervised tokens."""
-    encodings = tokenizer.backend.encode_batch([item.text for item in rendered], add_special_tokens=False)
+    encodings = tokenizer.encode_batch([item.text for item in rendered])
     examples = []
     for item, encoding in zip(rendered, encodings, strict=True):
         ids = np.array(encoding.ids, dtype=np.int32)

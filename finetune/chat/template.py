@@ -6,6 +6,7 @@ the budget below keeps it from running or growing without end.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from datetime import datetime
@@ -20,9 +21,25 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from finetune.errors import CheckpointError
 
 # A conversation of 1,000 turns takes a few thousand steps and well under a megabyte.
-MAX_STEPS = 500_000
+MAX_STEPS = 200_000
 MAX_CHARACTERS = 64_000_000
-_WIDE_FORMAT = re.compile(r"\d{6,}|\*")
+_MAX_NUMBER = 100_000  # of an argument that says how long a text becomes
+_WIDE_FORMAT = re.compile(r"\d{6,}|\*")  # %-format
+_WIDE_FIELD = re.compile(r"\d{6,}|:[^{}]*\{")  # str.format; a width given by another field too
+_WORK = 1024  # characters or items that a call takes or gives, counted as one more step
+# What of Jinja's own no chat template needs and takes time or room that its arguments do not show.
+_LEFT_OUT_FILTERS = ("urlize", "xmlattr", "striptags", "pprint", "random")
+_LEFT_OUT_GLOBALS = ("lipsum",)
+_LENGTHS = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "tojson", "to_bytes")
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, (str, list, tuple, dict)) else 0
+
+
+def _inner(value: Any) -> list:
+    """A value, or those of a dictionary (`translate`)."""
+    return list(value.values()) if isinstance(value, dict) else [value]
 
 
 class TemplateFault(Exception):
@@ -61,27 +78,93 @@ class _Counted:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with a budget: loop items and calls are steps, and no text may outgrow MAX_CHARACTERS."""
+    """The sandbox with a budget: loop items, calls and filters are steps, more of them the longer what they work on, and
+    no text may outgrow MAX_CHARACTERS, nor may all that is written on the way.
+
+    Constants are not computed when the template is compiled, where there is no budget: the optimizer is off, and a
+    `finalize` that takes the context keeps the compiler from it.
+    """
 
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.steps = 0
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
+            optimized=False,
+            finalize=jinja2.pass_context(lambda context, value: self._count_written(value)),
+        )
+        self.start()
         self.filters["tojson"] = _tojson
+        for name in _LEFT_OUT_FILTERS:
+            del self.filters[name]
+        for name in _LEFT_OUT_GLOBALS:
+            del self.globals[name]
+        for name, function in list(self.filters.items()):
+            self.filters[name] = self._bounded(name, function)
         self.filters["_counted"] = lambda items: _Counted(items, self)
         self.filters["_concatenated"] = self._concatenate
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
-    def spend(self) -> None:
-        self.steps += 1
+    def start(self) -> None:
+        """Fill up the budget."""
+        self.steps, self.written = 0, 0
+
+    def spend(self, steps: int = 1) -> None:
+        self.steps += steps
         if self.steps > MAX_STEPS:
             raise SecurityError(f"the template did not end within {MAX_STEPS:,} steps")
 
     def call(self, context, function, *args, **kwargs):
-        self.spend()
-        return super().call(context, function, *args, **kwargs)
+        method = getattr(function, "__wrapped__", function)  # the sandbox wraps str.format
+        name, owner = getattr(method, "__name__", ""), getattr(method, "__self__", None)
+        self._check_call(name, owner, args, kwargs)
+        return self._checked_result(super().call(context, function, *args, **kwargs))
+
+    def _bounded(self, name: str, function):
+        """A filter that takes its work from the budget."""
+
+        @functools.wraps(function)  # with what says that it wants the context
+        def bounded(*args, **kwargs):
+            first = args[1:] if hasattr(function, "jinja_pass_arg") else args
+            self._check_call(name, first[0] if first else None, first[1:], kwargs)
+            return self._checked_result(function(*args, **kwargs))
+
+        return bounded
+
+    def _check_call(self, name: str, subject: Any, args: tuple, kwargs: dict) -> None:
+        """Refuse a method or filter of `subject` whose result would be too long, before it is computed."""
+        self.spend(1 + sum(_length(value) for value in (subject, *args)) // _WORK)
+        given = (*args, *kwargs.values())
+        if name in _LENGTHS and any(isinstance(value, (int, float)) and abs(value) > _MAX_NUMBER for value in given):
+            raise SecurityError(f"{name} with a number above {_MAX_NUMBER:,}")
+        if isinstance(subject, str) and name in ("format", "format_map"):
+            if (_WIDE_FIELD if "{" in subject else _WIDE_FORMAT).search(subject):
+                raise SecurityError("text formatting with a width above 99,999, or one that is not written out")
+        elif name in ("replace", "join", "translate"):
+            longest = max((_length(inner) for value in given for inner in _inner(value)), default=0)
+            self._check_length((_length(subject) + 1) * (longest + 1) if name != "join" else self._joined(subject, given))
+
+    @staticmethod
+    def _joined(subject: Any, given: tuple) -> int:
+        """Length of a list joined by a text: `text.join(list)`, or the filter `list | join(text)`."""
+        parts = (subject, *given)
+        texts = [len(part) for part in parts if isinstance(part, str)]
+        items = [part for part in parts if isinstance(part, (list, tuple))]
+        return sum(len(item) * max(texts, default=0) + sum(map(_length, item)) for item in items)
+
+    def _checked_result(self, result: Any) -> Any:
+        self._check_length(_length(result))
+        self.spend(_length(result) // _WORK)
+        return result
+
+    def _count_written(self, value: Any) -> Any:
+        if isinstance(value, str):
+            self.written += len(value)
+            self._check_length(self.written)
+        return value
 
     def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*":
@@ -162,7 +245,7 @@ class ChatTemplate:
         try:
             self._compiled = self._environment.from_string(source)
             tree = self._environment.parse(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except (jinja2.TemplateError, RecursionError, ValueError, SyntaxError, MemoryError, OverflowError) as error:
             raise CheckpointError(
                 f"the chat template is not valid Jinja: {error}",
                 where=where,
@@ -180,7 +263,7 @@ class ChatTemplate:
             TemplateFault: the template refused the messages, lacks a key, or ran over its budget.
         """
         shown = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        self._environment.steps = 0
+        self._environment.start()
         pieces: list[str] = []
         size = 0
         try:

@@ -96,6 +96,29 @@ def _data_rules(recipe: Recipe) -> Iterator[Clash]:
             "data.eval and data.eval_fraction are both set",
             "Keep one: rows of their own, or a share of the training rows.",
         )
+    if recipe.data.streaming:
+        yield from _streaming_rules(recipe)
+
+
+def _streaming_rules(recipe: Recipe) -> Iterator[Clash]:
+    if recipe.training.max_steps is None:
+        yield Clash(
+            ("data.streaming", "training.max_steps"),
+            "data.streaming is true, but training.max_steps is not set: the length of a stream is not known",
+            "Set training.max_steps, or write 'streaming: false' to train for epochs.",
+        )
+    if recipe.data.eval_fraction > 0:
+        yield Clash(
+            ("data.eval_fraction", "data.streaming"),
+            "data.eval_fraction is above 0, but data.streaming is true: no share of a stream can be set aside",
+            "Give rows of their own in data.eval.",
+        )
+    if recipe.dpo and recipe.dpo.precompute_ref_log_probs:
+        yield Clash(
+            ("dpo.precompute_ref_log_probs", "data.streaming"),
+            "dpo.precompute_ref_log_probs is true, but data.streaming is true: the pairs are not known beforehand",
+            "Remove it or write false.",
+        )
 
 
 def _length_rules(recipe: Recipe) -> Iterator[Clash]:

@@ -85,7 +85,11 @@ class Source(Section):
 
 
 class DataSection(Section):
-    """What is trained and evaluated on, and how rows become tokens."""
+    """What is trained and evaluated on, and how rows become tokens.
+
+    Attributes:
+        streaming: Tokenize training rows while the model trains, not before.
+    """
 
     train: Annotated[list[Source], Field(min_length=1, max_length=10_000)]
     eval: Annotated[list[Source], Field(max_length=10_000)] = []
@@ -94,6 +98,7 @@ class DataSection(Section):
     overlong: Literal["truncate", "drop", "error"] = "truncate"
     train_on: Literal["responses", "last_response", "all"] = "responses"
     packing: bool = False
+    streaming: bool = False
 
 
 class TrainingSection(Section):
@@ -152,7 +157,8 @@ class DpoSection(Section):
     """Names of TRL's and PaddleNLP's DPOConfig; `method: dpo` only.
 
     Attributes:
-        precompute_ref_log_probs: Reference log-probabilities once before training. False when there is no reference.
+        precompute_ref_log_probs: Reference log-probabilities once before training. False when there is no reference,
+            and for rows that are streamed.
         sft_loss_ratio: Weight of an added SFT loss on the chosen response.
         simpo_gamma: Target reward margin of SimPO, there 0.5 when not given, as TRL's CPOConfig.
         dpop_lambda: Weight of DPO-Positive's penalty, there 50 when not given (Pal et al. 2024, arXiv:2402.13228).
@@ -225,6 +231,10 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("method") == "dpo" and data.get("dpo") is None:
-            return {**data, "dpo": {}}
-        return data
+        if not isinstance(data, dict) or data.get("method") != "dpo":
+            return data
+        dpo, rows = data.get("dpo"), data.get("data")
+        dpo = {} if dpo is None else dpo
+        if isinstance(dpo, dict) and isinstance(rows, dict) and rows.get("streaming") is True:
+            dpo = {"precompute_ref_log_probs": False, **dpo}
+        return {**data, "dpo": dpo}

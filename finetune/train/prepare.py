@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.chat.batches import Plan, pack, plan_steps
-from finetune.chat.dataset import DataReport, build_dataset, split_dataset
+from finetune.chat.batches import Packs, Plan, pack, plan_steps
+from finetune.chat.dataset import DataReport, build_dataset
+from finetune.chat.encode import Settings
+from finetune.chat.rows import split_dataset
+from finetune.chat.stream import RowStream, StreamPacks, StreamPlan, StreamSettings
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError
 from finetune.model.resolve import ModelSource, resolve_model
@@ -19,6 +22,8 @@ from finetune.train.schedule import warmup_steps_of
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
+
+_FIRST_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Prepared:
         plan: Which packs make up each step of this rank.
         world_size: Processes.
         estimate: Parameters and memory.
+        stream: Where rows are tokenized as the run goes, the same object as `train`; None where they were before.
+        first_rows: For a stream, a few rows of its beginning, tokenized.
     """
 
     recipe: Recipe
@@ -42,13 +49,15 @@ class Prepared:
     tokenizer: Tokenizer
     train: Any
     train_report: DataReport
-    packs: list[list[int]]
+    packs: Packs | StreamPacks
     eval: Any | None
     eval_report: DataReport | None
-    eval_packs: list[list[int]]
-    plan: Plan
+    eval_packs: Packs
+    plan: Plan | StreamPlan
     world_size: int
     estimate: Estimate
+    stream: RowStream | None = None
+    first_rows: Any | None = None
 
     @property
     def warmup_steps(self) -> int:
@@ -68,6 +77,8 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
     tokenizer = Tokenizer.from_folder(source.tokenizer_folder)
     _check_lengths(recipe, source)
     data, training = recipe.data, recipe.training
+    if data.streaming:
+        return _prepare_stream(recipe, source, tokenizer, world_size, rank)
     train, report = _build(recipe, tokenizer, data.train, "read training rows")
     held_out, held_out_report = None, None
     if data.eval:
@@ -97,16 +108,65 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
         packs=packs,
         eval=held_out,
         eval_report=held_out_report,
-        eval_packs=_packs(held_out, recipe) if held_out is not None else [],
+        eval_packs=_packs(held_out, recipe) if held_out is not None else Packs.single(0),
         plan=plan,
         world_size=world_size,
-        estimate=_estimate(recipe, source, train, packs),
+        estimate=_estimate(
+            recipe,
+            source,
+            tokens=_largest_batch(train, packs, training.per_device_train_batch_size),
+            length=int(np.max(train.lengths)),
+        ),
+    )
+
+
+def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, world_size: int, rank: int) -> Prepared:
+    """The same where rows are tokenized as the run goes: only the first few are looked at here."""
+    data, training = recipe.data, recipe.training
+    first, _ = build_dataset(data.train, tokenizer, data=data, method=recipe.method, limit=_FIRST_ROWS)
+    stream = RowStream(
+        data.train,
+        tokenizer,
+        StreamSettings(
+            encode=Settings.of(data, recipe.method),
+            room=_room(recipe) if data.packing else None,
+            seed=training.seed,
+            shuffle=training.shuffle,
+            share=(rank, world_size),
+        ),
+    )
+    held_out, held_out_report = None, None
+    if data.eval:
+        held_out, held_out_report = _build(recipe, tokenizer, data.eval, "read evaluation rows")
+    size = training.per_device_train_batch_size
+    plan = StreamPlan(stream, size, training.gradient_accumulation_steps, training.max_steps)
+    return Prepared(
+        recipe=recipe,
+        source=source,
+        tokenizer=tokenizer,
+        train=stream,
+        train_report=stream.report,
+        packs=StreamPacks(stream),
+        eval=held_out,
+        eval_report=held_out_report,
+        eval_packs=_packs(held_out, recipe) if held_out is not None else Packs.single(0),
+        plan=plan,
+        world_size=world_size,
+        # Lengths are not known: the most that can come.
+        estimate=_estimate(recipe, source, tokens=size * _room(recipe), length=data.max_length),
+        stream=stream,
+        first_rows=first,
     )
 
 
 def _build(recipe: Recipe, tokenizer: Tokenizer, sources, title: str):
     with console.progress(None, title, unit="row") as bar:
-        return build_dataset(sources, tokenizer, data=recipe.data, method=recipe.method, progress=bar.advance)
+
+        def advance(rows: int, total: int | None) -> None:
+            bar.total = total
+            bar.advance(rows)
+
+        return build_dataset(sources, tokenizer, data=recipe.data, method=recipe.method, progress=advance)
 
 
 def _share(report: DataReport, part: Any, notes: list[str]) -> DataReport:
@@ -115,21 +175,23 @@ def _share(report: DataReport, part: Any, notes: list[str]) -> DataReport:
     return replace(report, kept=len(part), tokens=tokens, supervised_tokens=supervised, notes=notes)
 
 
-def _packs(dataset: Any, recipe: Recipe) -> list[list[int]]:
+def _packs(dataset: Any, recipe: Recipe) -> Packs:
     """Units of the data order. A pair is prompt, chosen and rejected long, so packs of pairs get twice the room."""
     if not recipe.data.packing:
-        return [[i] for i in range(len(dataset))]
-    room = recipe.data.max_length * (2 if recipe.method == "dpo" else 1)
-    return pack(dataset.lengths, room)
+        return Packs.single(len(dataset))
+    return pack(dataset.lengths, _room(recipe))
 
 
-def _pack_lengths(dataset: Any, packs: list[list[int]]) -> np.ndarray:
-    return np.array([dataset.lengths[p].sum() for p in packs], np.int64)
+def _room(recipe: Recipe) -> int:
+    return recipe.data.max_length * (2 if recipe.method == "dpo" else 1)
 
 
-def _estimate(recipe: Recipe, source: ModelSource, dataset: Any, packs: list[list[int]]) -> Estimate:
-    lengths = np.sort(_pack_lengths(dataset, packs))[::-1]
-    size = recipe.training.per_device_train_batch_size
+def _largest_batch(dataset: Any, packs: Packs, size: int) -> int:
+    """Tokens of the `size` longest packs."""
+    return int(np.sort(packs.sums(dataset.lengths))[::-1][:size].sum())
+
+
+def _estimate(recipe: Recipe, source: ModelSource, *, tokens: int, length: int) -> Estimate:
     dtype = recipe.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if has_gpu() else "float32"
@@ -137,8 +199,8 @@ def _estimate(recipe: Recipe, source: ModelSource, dataset: Any, packs: list[lis
         recipe,
         source.config,
         dtype=dtype,
-        tokens_per_micro_batch=int(lengths[:size].sum()),
-        length=int(np.max(dataset.lengths)),
+        tokens_per_micro_batch=tokens,
+        length=length,
     )
 
 
@@ -178,17 +240,23 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
         f" x {prepared.world_size} processes" if prepared.world_size > 1 else ""
     )
     share = 100 * size.trainable / (size.parameters + (size.trainable if recipe.lora else 0))
-    sequences = len(prepared.packs)
+    stream = prepared.stream is not None
+    steps = f"{plan.total_steps:,}"
+    if not stream:
+        steps += f" ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)"
     console.table(
         f"{recipe.method.upper()} of {recipe.model.path}",
         [
             ("tuning", _tuning(recipe)),
             ("trainable parameters", f"{size.trainable:,} of {size.parameters:,} ({share:.2f} %)"),
-            ("rows", _rows(report)),
-            ("packed into", f"{sequences:,} sequences" if recipe.data.packing else None),
-            ("tokens per epoch", f"{report.tokens:,}, {report.supervised_tokens:,} of them trained on"),
+            ("rows", "streamed: tokenized as the run goes" if stream else _rows(report)),
+            ("packed into", f"{len(prepared.packs):,} sequences" if recipe.data.packing and not stream else None),
+            (
+                "tokens per epoch",
+                None if stream else f"{report.tokens:,}, {report.supervised_tokens:,} of them trained on",
+            ),
             ("evaluation rows", None if prepared.eval is None else len(prepared.eval)),
-            ("steps", f"{plan.total_steps:,} ({plan.total_steps / plan.steps_per_epoch:.2f} epochs), {per_step}"),
+            ("steps", f"{steps}, {per_step}"),
             ("resumed after step", resumed_at or None),
             ("memory, estimated", f"{_size(size.total)} ({_parts(size)})"),
             ("output", training.output_dir),

@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from finetune.chat.dataset import build_dataset, cut_pair, split_dataset
+from finetune.chat.dataset import build_dataset
+from finetune.chat.encode import cut_pair
 from finetune.chat.formats import parse_row
 from finetune.chat.render import IGNORE, encode_preference
+from finetune.chat.rows import split_dataset
 from finetune.errors import DataError
 from tests.chat.cases import WEATHER, said
 from tests.chat.conftest import From, Settings, marked
@@ -46,7 +48,7 @@ def test_rows_in_order_with_counts_and_hashes(tokenizer, write):
     a, b = lines(chat("q", "a1"), chat("q", "a2", "r", "a3")), json.dumps([{"instruction": "q", "output": "a4"}])
     first, second = write("a.jsonl", a), write("b.json", b)
     done = []
-    dataset, report = build(tokenizer, first, second, progress=done.append)
+    dataset, report = build(tokenizer, first, second, progress=lambda rows, total: done.append(rows))
     assert [example.source for example in dataset] == [f"{first}:1", f"{first}:2", f"{second}:1"]
     assert marked(tokenizer, dataset[0]).endswith("⟦a1<|im_end|>⟧\n")
     assert len(dataset) == 3 and sum(done) == 3

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 
 import pytest
 
@@ -82,3 +83,38 @@ def test_wrong_syntax_names_the_place():
 def test_tools_reach_the_template():
     assert '"天气' not in render("{{ tools[0] | tojson }}", tools=[WEATHER])
     assert "天气" in render("{{ tools[0] | tojson }}", tools=[WEATHER])
+
+BOMBS = [
+    "{{ 'a' | center(999999999) }}",
+    "{{ 'a'.ljust(999999999) }}",
+    "{{ 'a' | indent(999999999) }}",
+    "{{ '%0999999999d' | format(1) }}",
+    "{{ '{:>999999999}'.format(1) }}",
+    "{{ '{:>{}}'.format(1, 999999999) }}",
+    "{{ ('a' * 99999) | replace('a', 'b' * 99999) }}",
+    "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
+    "{{ ('a' * 99999).translate({97: 'b' * 99999}) }}",
+    "{{ ('b' * 99999).join(['a'] * 99999) }}",
+    "{{ (['a'] * 99999) | join('b' * 99999) }}",
+    "{{ lipsum(99999999) }}",
+    "{{ ['a'] | batch(999999999, 'x') | list }}",
+    "{{ {'a': 1} | tojson(indent=999999999) }}",
+    "{% set x = 'a' * 1000 %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60 + "{{ x }}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+    "{% set ns = namespace(x='a' * 1000) %}{% for i in range(99999) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+    "{% for a in range(9999) %}{% for b in range(9999) %}{{ ('x' * 99999) | upper | length }}{% endfor %}{% endfor %}",
+    "{{ range(99999) | map('string') | map('center', 99999) | list | length }}",
+]
+
+
+@pytest.mark.parametrize("source", BOMBS)
+def test_a_template_can_take_neither_time_nor_memory_without_end(source):
+    from tests.fuzzing import time_limit
+
+    tracemalloc.start()
+    try:
+        with time_limit(60), pytest.raises((TemplateFault, CheckpointError)):
+            ChatTemplate(source).render([{"role": "user", "content": "a"}])
+        assert tracemalloc.get_traced_memory()[1] < 600 * 2**20
+    finally:
+        tracemalloc.stop()

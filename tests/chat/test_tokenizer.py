@@ -201,3 +201,19 @@ def test_stream_of_an_emoji(tokenizer):
     assert decoder.finish() == ""
     assert decoder.push(tokenizer.encode("👍")[0]) == ""
     assert decoder.finish() == "\ufffd"
+
+
+def test_texts_in_nfc_and_others_are_encoded_as_one_by_one(real):
+    texts = [
+        "plain",
+        "caf\u00e9 \u00fc",
+        "cafe\u0301 a\u0308",
+        "<|im_start|>user\n\u1100\u1161<|im_end|>",
+        "",
+        "天气 \ufb01",
+    ]
+    texts += [text + "e\u0301" * 3 for text in texts]
+    together = real.encode_batch(texts)
+    alone = [real.backend.encode(text, add_special_tokens=False) for text in texts]
+    assert [(e.ids, e.offsets) for e in together] == [(e.ids, e.offsets) for e in alone]
+    assert type(real.backend.normalizer).__name__ == "NFC"

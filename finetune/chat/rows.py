@@ -1,0 +1,207 @@
+"""Tokenized rows in flat arrays: parts, in memory or in a mapped file, and datasets, which are orders over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from finetune.chat.render import IGNORE, Example, PairExample
+from finetune.errors import DataError
+
+AnyDataset = TypeVar("AnyDataset", "Dataset", "PairDataset")
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Token sequences behind one another.
+
+    Attributes:
+        ids: int32 [T].
+        supervised: uint8 [ceil(T / 8)], one bit for each token, the lowest first.
+        offsets: int32 [n + 1], where each sequence begins, and T.
+        num_supervised: int32 [n], supervised tokens that have a token before them, which is what a loss sums.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    offsets: np.ndarray
+    num_supervised: np.ndarray
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Sequences:
+        """Join examples."""
+        supervised = np.concatenate([example.labels for example in examples]) != IGNORE
+        offsets = np.cumsum([0, *(len(example.input_ids) for example in examples)]).astype(np.int32)
+        # The first token is never predicted, so it never counts (it can be supervised under train_on: all).
+        sums = np.concatenate([[0], np.cumsum(supervised)])
+        counts = sums[offsets[1:]] - sums[offsets[:-1]] - supervised[offsets[:-1]]
+        ids = np.concatenate([example.input_ids for example in examples])
+        return cls(ids, np.packbits(supervised, bitorder="little"), offsets, counts.astype(np.int32))
+
+    def example(self, index: int, source: str) -> Example:
+        """One of them."""
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        ids = self.ids[start:end]
+        bits = np.unpackbits(self.supervised[start // 8 : -(-end // 8)], bitorder="little")
+        supervised = bits[start % 8 : start % 8 + end - start].view(np.bool_)
+        return Example(ids, np.where(supervised, ids, np.int32(IGNORE)), source)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one file that follow each other.
+
+    Attributes:
+        file: Which file of the dataset.
+        numbers: int64 [n], the rows' numbers in the file.
+        sides: One for conversations; chosen and rejected for preferences.
+        prompts, headers: int32 [n], tokens of each pair's shared prompt and of the generation header at its end; empty
+            for conversations.
+    """
+
+    file: int
+    numbers: np.ndarray
+    sides: tuple[Sequences, ...]
+    prompts: np.ndarray
+    headers: np.ndarray
+
+    @classmethod
+    def of(cls, file: int, numbers: Sequence[int], rows: Sequence[Example] | Sequence[PairExample]) -> Part:
+        """Join rows, at least one."""
+        numbers = np.array(numbers, np.int64)
+        if isinstance(rows[0], Example):
+            return cls(file, numbers, (Sequences.of(rows),), np.zeros(0, np.int32), np.zeros(0, np.int32))
+        sides = tuple(Sequences.of([getattr(pair, side) for pair in rows]) for side in ("chosen", "rejected"))
+        prompts = np.array([len(pair.prompt_ids) for pair in rows], np.int32)
+        return cls(file, numbers, sides, prompts, np.array([pair.header_length for pair in rows], np.int32))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+class Table:
+    """All parts, in order, and the names of their files."""
+
+    def __init__(self, parts: Sequence[Part], files: Sequence[str]):
+        self.parts, self.files = list(parts), list(files)
+        self._starts = np.cumsum([0, *map(len, self.parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def find(self, place: int) -> tuple[Part, int, str]:
+        """(part, index in it, "file:row") of a row."""
+        at = int(np.searchsorted(self._starts, place, side="right")) - 1
+        part, index = self.parts[at], place - int(self._starts[at])
+        return part, index, f"{self.files[part.file]}:{part.numbers[index]}"
+
+    def column(self, of_part) -> np.ndarray:
+        """An array of every part, joined, int64."""
+        return np.concatenate([np.zeros(0, np.int64), *map(of_part, self.parts)]).astype(np.int64, copy=False)
+
+    def lengths(self, side: int) -> np.ndarray:
+        """int64 [n], tokens of each row."""
+        return self.column(lambda part: np.diff(part.sides[side].offsets))
+
+    def num_supervised(self, side: int) -> np.ndarray:
+        """int64 [n], see `Sequences`."""
+        return self.column(lambda part: part.sides[side].num_supervised)
+
+
+class _Selectable:
+    """Rows in an order; selecting changes the order and shares the arrays."""
+
+    _order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int) -> Any:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        return self._row(int(self._order[index]))
+
+
+class Dataset(_Selectable):
+    """Tokenized conversations; indexing gives an `Example`.
+
+    Attributes:
+        lengths: int64 [n], tokens of each.
+        num_supervised: int64 [n], supervised tokens of each that have a token before them, which is what a loss sums.
+    """
+
+    def __init__(self, table: Table, order: np.ndarray | None = None):
+        self._table = table
+        self._order = np.arange(len(table)) if order is None else order
+        self.lengths = table.lengths(0)[self._order]
+        self.num_supervised = table.num_supervised(0)[self._order]
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> Dataset:
+        """A dataset of these rows, in this order."""
+        return Dataset(self._table, self._order[np.asarray(indices, dtype=np.int64)])
+
+    def _row(self, place: int) -> Example:
+        part, index, source = self._table.find(place)
+        return part.sides[0].example(index, source)
+
+
+class PairDataset(_Selectable):
+    """Tokenized preferences; indexing gives a `PairExample`.
+
+    Attributes:
+        lengths: int64 [n], tokens of each pair with the shared prompt counted once.
+        num_supervised: int64 [n], supervised tokens of both sides.
+        prompt_lengths, chosen_lengths, rejected_lengths: int64 [n]; a side's length includes the prompt.
+    """
+
+    def __init__(self, table: Table, order: np.ndarray | None = None):
+        self._table = table
+        self._order = np.arange(len(table)) if order is None else order
+        self.prompt_lengths = table.column(lambda part: part.prompts)[self._order]
+        self.chosen_lengths, self.rejected_lengths = (table.lengths(side)[self._order] for side in (0, 1))
+        self.lengths = self.chosen_lengths + self.rejected_lengths - self.prompt_lengths
+        self.num_supervised = (table.num_supervised(0) + table.num_supervised(1))[self._order]
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> PairDataset:
+        """A dataset of these pairs, in this order."""
+        return PairDataset(self._table, self._order[np.asarray(indices, dtype=np.int64)])
+
+    def _row(self, place: int) -> PairExample:
+        part, index, source = self._table.find(place)
+        better, worse = (side.example(index, source) for side in part.sides)
+        return PairExample(better.input_ids[: part.prompts[index]], better, worse, int(part.headers[index]), source)
+
+
+def dataset_of(table: Table, method: str) -> Dataset | PairDataset:
+    """The dataset over all rows of a table: pairs for method "dpo", else conversations."""
+    return PairDataset(table) if method == "dpo" else Dataset(table)
+
+
+def split_dataset(dataset: AnyDataset, fraction: float, seed: int) -> tuple[AnyDataset, AnyDataset]:
+    """Set rows aside for evaluation, the same ones for the same seed and size; both parts keep the order of rows.
+
+    Args:
+        fraction: Share of rows, in [0, 1); at least one row is set aside when it is above 0, and one is left to train.
+
+    Returns:
+        (training part, evaluation part).
+
+    Raises:
+        DataError: fewer than two rows cannot be split.
+    """
+    if fraction == 0:
+        return dataset, dataset.select([])
+    if len(dataset) < 2:
+        raise DataError(
+            f"{len(dataset)} row cannot be split", where="data.eval_fraction", fix="Give data.eval instead."
+        )
+    count = min(max(1, round(len(dataset) * fraction)), len(dataset) - 1)
+    aside = np.zeros(len(dataset), dtype=np.bool_)
+    aside[np.random.Generator(np.random.PCG64([seed, len(dataset)])).permutation(len(dataset))[:count]] = True
+    return dataset.select(np.flatnonzero(~aside)), dataset.select(np.flatnonzero(aside))

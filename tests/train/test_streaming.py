@@ -1,0 +1,121 @@
+"""Runs over a stream of rows, by the command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from finetune.train import prepare
+from tests.invariants.test_sft import final_digest, losses_and_norms, train
+from tests.runs import finetune, write_recipe
+
+STREAMED = ("data.streaming=true", "training.num_train_epochs=null")
+
+
+def write_pairs(path: Path) -> Path:
+    rows = [{"prompt": f"say {i}", "chosen": "yes " * (i % 5 + 1), "rejected": f"no {i}"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_streamed_rows_train_as_prepared_ones_and_on_two_processes_as_on_one(tmp_path, tiny_folder):
+    # 24 rows, 6 steps of 4 an epoch, in the order of the file
+    recipe = write_recipe(tmp_path, tiny_folder, shuffle=False, max_steps=8)
+    prepared = train(recipe, tmp_path / "prepared")
+    streamed = train(recipe, tmp_path / "streamed", *STREAMED)
+    assert final_digest(streamed) == final_digest(prepared)
+    assert losses_and_norms(streamed) == losses_and_norms(prepared)
+    # Each rank takes every second row.
+    two = train(recipe, tmp_path / "two", *STREAMED, "training.per_device_train_batch_size=2", "--nproc", "2")
+    assert losses_and_norms(two) == pytest.approx(losses_and_norms(prepared), rel=1e-5)
+
+
+def test_pairs_go_on_where_a_run_ended(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=6, save_steps=3, lr_scheduler_type="constant")
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    overrides = [*STREAMED, "method=dpo", f"data.train.0.path={pairs}", "data.packing=true", "lora={rank: 4}"]
+    whole = train(recipe, tmp_path / "whole", *overrides)
+    parts = train(recipe, tmp_path / "parts", *overrides, "training.max_steps=3")
+    train(recipe, parts, *overrides)
+    assert final_digest(parts) == final_digest(whole)
+    assert losses_and_norms(parts) == losses_and_norms(whole)
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=10, save_steps=3, per_device_train_batch_size=2)
+    overrides = [*STREAMED, "data.packing=true", "lora={rank: 4, alpha: 8, dropout: 0.3}"]
+    undisturbed = train(recipe, tmp_path / "undisturbed", *overrides)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "finetune", "train", str(recipe), f"training.output_dir={killed}", *overrides]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "step-3").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "final").exists()
+    train(recipe, killed, *overrides)
+    assert final_digest(killed) == final_digest(undisturbed)
+    assert losses_and_norms(killed) == losses_and_norms(undisturbed)
+
+
+def test_a_bad_row_stops_the_run_with_a_checkpoint_and_a_mended_one_lets_it_go_on(
+    tmp_path, tiny_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(prepare, "StreamSettings", partial(prepare.StreamSettings, block_bytes=600))
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=8)
+    undisturbed = train(recipe, tmp_path / "undisturbed", *STREAMED)
+    rows = tmp_path / "train.jsonl"
+    whole = rows.read_text(encoding="utf-8")
+    lines = whole.splitlines(keepends=True)
+    rows.write_text("".join([*lines[:16], "{]\n", *lines[17:]]), encoding="utf-8")
+    run = tmp_path / "run"
+    capsys.readouterr()
+    assert finetune("train", recipe, f"training.output_dir={run}", *STREAMED) == 2
+    message = capsys.readouterr().err
+    assert f"{rows}:17: not valid JSON" in message and "Traceback" not in message
+    (saved,) = (run / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert 1 <= step < 5 and f"stopped at step {step} of 8; a checkpoint is saved" in message
+    assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["status"] == "stopped"
+    rows.write_text(whole, encoding="utf-8")
+    train(recipe, run, *STREAMED)
+    assert final_digest(run) == final_digest(undisturbed)
+    assert losses_and_norms(run) == losses_and_norms(undisturbed)
+
+
+def test_rows_that_were_used_may_not_change_before_a_run_goes_on(tmp_path, tiny_folder, capsys):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=2, lr_scheduler_type="constant")
+    run = train(recipe, tmp_path / "run", *STREAMED)
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8").replace("say", "tell", 1), encoding="utf-8")
+    assert finetune("train", recipe, f"training.output_dir={run}", *STREAMED, "training.max_steps=4") == 2
+    assert "before the checkpoint are no longer what they were" in capsys.readouterr().err
+
+
+def test_keys_that_do_not_go_with_a_stream(tmp_path, tiny_folder, capsys):
+    recipe = write_recipe(tmp_path, tiny_folder)
+    overrides = ["data.streaming=true", "training.max_steps=null", "data.eval_fraction=0.1", "method=dpo"]
+    assert finetune("train", recipe, *overrides, "dpo.precompute_ref_log_probs=true") == 2
+    message = capsys.readouterr().err
+    for key in ("training.max_steps is not set", "data.eval_fraction is above 0", "precompute_ref_log_probs is true"):
+        assert key in message
+
+
+def test_what_a_dry_run_says(tmp_path, tiny_folder, capsys):
+    recipe = write_recipe(tmp_path, tiny_folder)
+    assert finetune("train", recipe, *STREAMED, "--dry-run") == 0
+    assert "streamed: tokenized as the run goes" in capsys.readouterr().err
+    rows = tmp_path / "train.jsonl"
+    rows.write_text("{]\n" + rows.read_text(encoding="utf-8"), encoding="utf-8")
+    assert finetune("train", recipe, *STREAMED, "--dry-run") == 2
+    assert "train.jsonl:1: not valid JSON" in capsys.readouterr().err

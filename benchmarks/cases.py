@@ -18,7 +18,7 @@ PREPARERS = {"defaults": {}, "parallel": {"dataset_num_proc": len(os.sched_getaf
 
 
 def prepare(name: str, settings: Settings) -> dict:
-    """Rows per second from a JSONL file to tokens and labels, caches empty."""
+    """Rows per second from a JSONL file to tokens and labels, caches empty. Memory is that of all processes."""
     model = make_model(settings.work / "models" / "smallest", SMALLEST)
     job = base_job("sft", model, steps=1, batch_size=8)
     rows = numbered_rows(settings.work / "rows" / f"{settings.rows}.jsonl", settings.rows)
@@ -37,7 +37,8 @@ def prepare(name: str, settings: Settings) -> dict:
 
     def side(answers: list[dict]) -> dict:
         rate = spread([settings.rows / answer["spent"]["wall"] for answer in answers])
-        return {"rate": rate, "peak": max(answer["peak"] for answer in answers), "versions": answers[0]["versions"]}
+        peak = max(answer["process"]["peak"] for answer in answers)
+        return {"rate": rate, "peak": peak, "versions": answers[0]["versions"]}
 
     return {
         "unit": "rows/s",
@@ -45,7 +46,7 @@ def prepare(name: str, settings: Settings) -> dict:
         "settings": {"rows": settings.rows},
         "ratio": spread([o["spent"]["wall"] / m["spent"]["wall"] for m, o in pairs]),
         "cpu_ratio": spread([o["spent"]["cpu"] / m["spent"]["cpu"] for m, o in pairs]),
-        "memory_ratio": spread([m["peak"] / o["peak"] for m, o in pairs]),
+        "memory_ratio": spread([m["process"]["peak"] / o["process"]["peak"] for m, o in pairs]),
         "peer_variant": fastest,
         "ours": side([m for m, _ in pairs]),
         "peer": side([o for _, o in pairs]),

@@ -6,6 +6,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
+
 from benchmarks.folders import LORA, linear_sizes
 from tests.tiny import Shape
 
@@ -97,3 +99,27 @@ def exponents(sizes: Sequence[float], costs: Sequence[float]) -> list[float]:
     """Between each two neighbours the power of size with which cost grows: 1 is linear, 2 is quadratic, 0 is flat."""
     pairs = list(zip(sizes, costs))
     return [math.log(c1 / c0) / math.log(s1 / s0) for (s0, c0), (s1, c1) in zip(pairs, pairs[1:])]
+
+
+def fitted_law(sizes: Sequence[float], costs: Sequence[float]) -> tuple[list[float], float]:
+    """The cost as a + b n + c n^2, without terms that are negative or nothing, by least squares of the relative error.
+
+    The square is left out with fewer than five sizes, so that fewer numbers are fitted than were measured.
+
+    Returns:
+        [a, b, c], and the largest relative deviation of a cost from the law.
+    """
+    n, cost = np.asarray(sizes, float), np.asarray(costs, float)
+    terms = list(range(3 if len(n) >= 5 else 2))
+    while True:
+        columns = np.stack([n**power for power in terms], axis=1) / cost[:, None]
+        scale = columns.max(axis=0)
+        found = np.linalg.lstsq(columns / scale, np.ones_like(cost), rcond=None)[0] / scale
+        shares = (columns * found).max(axis=0)
+        if shares.min() > 1e-3:
+            break
+        del terms[int(shares.argmin())]
+    law = [0.0, 0.0, 0.0]
+    for power, coefficient in zip(terms, found):
+        law[power] = float(coefficient)
+    return law, float(np.abs(columns @ found - 1).max())

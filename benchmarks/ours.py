@@ -79,7 +79,8 @@ def prepare(job: dict) -> None:
 
 def _finish(job: dict, **answer) -> None:
     names = ("paddle-finetune", "paddlepaddle", "paddlenlp", "tokenizers", "numpy")
-    settings = {name: os.environ[name] for name in ("MKL_NUM_THREADS", "OMP_NUM_THREADS") if name in os.environ}
+    chosen = ("MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "OMP_NUM_THREADS")
+    settings = {name: os.environ[name] for name in chosen if name in os.environ}
     versions = {name: version(name) for name in names}
     write_answer(job, versions=versions, environment=settings, peak=peak_bytes(), **answer)
 

@@ -16,9 +16,11 @@ from benchmarks.folders import ROOT
 
 PEER = Path(__file__).with_name("peer.py")
 TIMEOUT = 3600.0
+_SAMPLE_SECONDS = 0.25
 _UNSET = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
+    "MKL_DEBUG_CPU_TYPE",
     "TOKENIZERS_PARALLELISM",
     "PYTHONPATH",
     "PYTHONDONTWRITEBYTECODE",  # would have every process compile its modules anew
@@ -88,7 +90,8 @@ def run_process(command: list[str], folder: Path, watch: Path | None = None) -> 
         watch: A JSONL file; the time until its first line is whole becomes `first`.
 
     Returns:
-        {"wall", "cpu", "load_before", "load_after"} and perhaps "first", seconds.
+        {"wall", "cpu", "load_before", "load_after"} and perhaps "first", seconds; "peak", the most memory in bytes that
+        it and its children were seen to have together, pages that several of them map counted once.
 
     Raises:
         WorkerError: it ended with another code than 0, or took longer than TIMEOUT.
@@ -99,7 +102,7 @@ def run_process(command: list[str], folder: Path, watch: Path | None = None) -> 
         process = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=errors, stderr=errors)
         try:
             first = _first_line(process, watch, started) if watch else None
-            status, usage = _wait(process, started)
+            status, usage, peak = _wait(process, started)
         finally:
             if process.returncode is None:
                 process.kill()
@@ -114,18 +117,34 @@ def run_process(command: list[str], folder: Path, watch: Path | None = None) -> 
         "cpu": usage.ru_utime + usage.ru_stime,
         "load_before": load,
         "load_after": os.getloadavg()[0],
+        "peak": peak,
     }
     return times | ({"first": first} if watch else {})
 
 
 def _wait(process: subprocess.Popen, started: float):
+    peak, sampled = 0, 0.0
     while time.perf_counter() - started < TIMEOUT:
+        if time.perf_counter() - sampled > _SAMPLE_SECONDS:
+            peak, sampled = max(peak, tree_bytes(process.pid)), time.perf_counter()
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
             process.returncode = os.waitstatus_to_exitcode(status)
-            return process.returncode, usage
+            return process.returncode, usage, peak
         time.sleep(0.02)
     raise WorkerError(f"no end after {TIMEOUT:.0f} s")
+
+
+def tree_bytes(pid: int) -> int:
+    """Memory of a process and its descendants, shared pages divided among those that map them (PSS)."""
+    folder = Path("/proc") / str(pid)
+    try:
+        rollup = (folder / "smaps_rollup").read_text(encoding="ascii")
+        children = " ".join(path.read_text(encoding="ascii") for path in folder.glob("task/*/children")).split()
+    except OSError:  # it has ended
+        return 0
+    own = next(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss:"))
+    return own + sum(map(tree_bytes, map(int, children)))
 
 
 def _first_line(process: subprocess.Popen, path: Path, started: float) -> float | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.figures import exponents
+from benchmarks.figures import exponents, fitted_law
 
 # Issue 6: what each case is to reach, and the memory of those that it names.
 TARGETS = {
@@ -114,7 +114,25 @@ def growth_table(records: Iterable[dict], series: str) -> str:
         for point, power in zip(points, powers)
     ]
     head = (last["label"], "seconds", "CPU seconds", f"{last['unit']}/s", "peak memory", "power")
-    return f"Model: {last['shape']}. Measured {found[-1]['machine']['date']}.\n\n{_markdown(head, rows)}"
+    machine = found[-1]["machine"]
+    where = f"{machine['processor']}, {machine['cores']} cores, load before it {machine['load_before']:.1f}"
+    notes = f"Model: {last['shape']}. Measured {machine['date']} on {where}."
+    if len(points) > 2:
+        notes += f" {_law(sizes, [point['seconds'] for point in points])}"
+    return f"{notes}\n\n{_markdown(head, rows)}"
+
+
+def _law(sizes: Sequence[float], seconds: Sequence[float]) -> str:
+    """The fitted law in words, and where one term takes over from another."""
+    (fixed, linear, square), deviation = fitted_law(sizes, seconds)
+    terms = [f"{fixed:.3g}"] * (fixed > 0) + [f"{linear:.3g} n"] * (linear > 0) + [f"{square:.3g} n²"] * (square > 0)
+    bends = []
+    if fixed and linear:
+        bends.append(f"what is fixed is half of it at n = {fixed / linear:,.0f}")
+    if linear and square:
+        bends.append(f"the square equals the linear part at n = {linear / square:,.0f}")
+    where = f" ({'; '.join(bends)})" if bends else ""
+    return f"Law: seconds = {' + '.join(terms)}{where}, which no point misses by more than {100 * deviation:.0f} %."
 
 
 # -- the page --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ recipes_app = typer.Typer(help="List, show or copy the recipes that come with th
 app.add_typer(recipes_app, name="recipes")
 
 FORMATS = ("hf", "paddle", "peft", "gguf")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 
 _UsageError: type[Exception] = typer.BadParameter.__base__  # its module's name depends on typer's version
 
@@ -247,14 +247,73 @@ def export(
         str, typer.Option(parser=_choice(*FORMATS), metavar="|".join(FORMATS), help="Layout to write.")
     ] = "hf",
     dtype: Annotated[
-        str, typer.Option(parser=_choice(*DTYPES), metavar="|".join(DTYPES), help="Weights' numbers; auto keeps them.")
+        str,
+        typer.Option(
+            parser=_choice(*DTYPES),
+            metavar="|".join(DTYPES),
+            help="Weights' numbers; auto keeps them, q8_0 is for gguf only.",
+        ),
     ] = "auto",
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back and compare logits.")] = False,
+    allow_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle",
+            help="Read pickled weights (.bin, .pdparams) too. A pickle can hold a program; this takes tensors out of it "
+            "and refuses the rest, but a hostile file may still crash it or fill the memory.",
+        ),
+    ] = False,
 ) -> None:
     """Write a model for other programs: Hugging Face, PaddleNLP, PEFT, GGUF."""
     from finetune.export.export import export as run
 
-    run(model, output_dir, format=format, dtype=dtype, verify=verify)
+    run(model, output_dir, format=format, dtype=dtype, verify=verify, allow_pickle=allow_pickle)
+
+
+@app.command(epilog="Example: finetune evaluate outputs/my-run --tasks gsm8k,mmlu --limit 100")
+def evaluate(
+    model: ModelArgument,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="mmlu, humaneval, gsm8k, ceval, ifeval, or any of lm-evaluation-harness; with commas between.",
+        ),
+    ],
+    limit: Annotated[
+        int | None, _positive(metavar="N", help="Only the first N questions of each task or subject.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="All figures, settings and versions.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(parser=_whole(0), metavar="N", help="Examples before each question, if not the usual.")
+    ] = None,
+    batch_size: Annotated[int, _positive(metavar="B", help="Answers decoded together.")] = 8,
+    raw: Annotated[bool, typer.Option("--raw", help="Without the chat template, as for base models.")] = False,
+    include: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Tasks of your own, in the harness's YAML. Python they name is run."),
+    ] = None,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="Run programs that the model writes, here, as you (HumanEval).")
+    ] = False,
+) -> None:
+    """Run benchmarks: those of the Qwen2 model page, or any other of lm-evaluation-harness."""
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ArgumentError("--tasks names no task", fix="For example --tasks gsm8k,mmlu")
+    from finetune.evaluate.run import evaluate as run
+
+    run(
+        model,
+        tasks=names,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        output=output,
+        batch_size=batch_size,
+        raw=raw,
+        include=include,
+        allow_code=allow_code,
+    )
 
 
 @app.command(epilog="Example: finetune preview recipes/quickstart_sft_lora.yaml -n 2")
@@ -378,10 +437,10 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"error: {_describe(error)}", file=sys.stderr)
+        from finetune.report.manifest import redact  # an address in a message may hold a password
+
+        text = traceback.format_exc().rstrip() if debug else f"error: {_describe(error)}"
+        print(redact(text), file=sys.stderr)
         return _exit_code(error)
 
 

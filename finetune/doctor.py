@@ -22,7 +22,9 @@ HUB = "https://huggingface.co"
 _PADDLE_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
 _INSTALL = f"Run `pip install paddle-finetune[cpu]`, or put in paddlepaddle-gpu {PADDLE_VERSION} from {_PADDLE_INDEX}"
 
-_PROBE = """
+# The paths of this process and not the current folder, which `python -c` would put first: it may be a stranger's model
+# with a json.py in it.
+_PROBE = f"import sys; sys.path[:] = {sys.path!r}" + """
 import json
 from finetune.model.runtime import paddle
 module = paddle()
@@ -150,7 +152,7 @@ def version_tuple(text: str) -> tuple[int, ...]:
 def probe_paddle() -> dict | str:
     """Import paddle and paddlenlp in a new process and multiply two matrices: what it says, or how it failed."""
     try:
-        run = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=180)
+        run = subprocess.run([sys.executable, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=180)
     except subprocess.TimeoutExpired:
         return "the import took more than 180 s"
     for line in run.stdout.splitlines():

@@ -69,4 +69,8 @@ class ArgumentError(UserError):
 
 
 class TrainingError(FinetuneError):
-    """A run cannot go on: loss not finite, out of memory, disk full."""
+    """A run cannot go on: loss not finite, out of memory."""
+
+
+class StorageError(FinetuneError):
+    """The disk is full, or has become read-only."""

@@ -14,6 +14,11 @@ import pytest  # noqa: E402
 from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """tests/soak takes an hour: only when it is named on the command line."""
+    return True if collection_path.name == "soak" and not any("soak" in name for name in config.args) else None
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A tied float32 tiny Qwen2 with its tokenizer. Shared by the session: do not write to it."""

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from benchmarks import folders, processes
 from benchmarks.chart import bars, write_chart
-from benchmarks.figures import exponents, largest_difference, per_step, row_flops, spread, step_rates
+from benchmarks.figures import exponents, fitted_law, largest_difference, per_step, row_flops, spread, step_rates
 from benchmarks.rounds import Settings, in_turn
 from benchmarks.scaling import filled_rows
 from benchmarks.tables import plain_table, ratio_table, update_page
@@ -148,6 +148,16 @@ def test_small_statistics():
     assert exponents([1, 2, 4], [1, 2, 8]) == pytest.approx([1.0, 2.0])
 
 
+def test_fitted_law_finds_its_terms():
+    sizes = [256, 512, 1024, 2048, 4096]
+    law, deviation = fitted_law(sizes, [0.5 + 4e-3 * n + 3e-7 * n**2 for n in sizes])
+    assert law == pytest.approx([0.5, 4e-3, 3e-7]) and deviation < 1e-9
+    law, deviation = fitted_law(sizes, [4e-3 * n - 0.1 for n in sizes])  # a negative term is none
+    assert min(law) == 0.0 and 0.01 < deviation < 0.2
+    law, deviation = fitted_law([1, 10, 100], [2.0, 2.0, 2.2])
+    assert law[2] == 0.0 and deviation < 0.05
+
+
 # -- turns and processes ---------------------------------------------------------------------------------------
 
 
@@ -229,8 +239,10 @@ def record() -> dict:
         "rounds": {"ours": [{"process": {"load_before": 0.7}}], "peers": {}},
         "passed": True,
     }
-    points = [{"size": n, "seconds": n / 100, "cpu_seconds": n / 50, "work": n, "peak": GIB} for n in (100, 1000)]
+    sizes = (10, 100, 1000)
+    points = [{"size": n, "seconds": n / 100, "cpu_seconds": n / 50, "work": n, "peak": GIB} for n in sizes]
     machine = {"date": "2026-01-01 00:00 UTC", "processor": "P", "cores": 2, "memory": 8 * GIB, "python": "3.11"}
+    machine |= {"load_before": 0.1}
     return {
         "machine": machine,
         "cases": {"sft_lora": case, "broken": {"shape": "6l", "passed": False, "error": "WorkerError: no\nmore"}},
@@ -259,6 +271,7 @@ def test_the_page_is_filled_between_its_markers(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| 1,000 | 10 | 20 | 100 | 1.00 GiB | 1.00 |" in text
+    assert "Law: seconds = 0.01 n, which no point misses by more than 0 %." in text
     update_page(page, [record()])
     assert page.read_text(encoding="utf-8") == text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.errors import CheckpointError, Fault
-from finetune.model.files import nearest
+from finetune.model.files import nearest, read_json
 
 # Name, default (transformers' and PaddleNLP's agree), smallest, largest. The bounds keep a hostile file from asking
 # for more than any Qwen2 needs; the tensors themselves are compared with these numbers before anything is built.
@@ -19,6 +19,18 @@ _SIZES = {
     "max_position_embeddings": (32768, 1, 2**31),
 }
 _NUMBERS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "attention_dropout": 0.0}
+_GENERATION = {
+    "do_sample": ((bool,), 0, 1),
+    "temperature": ((int, float), 0, 1e6),
+    "top_p": ((int, float), 0, 1),
+    "min_p": ((int, float), 0, 1),
+    "top_k": ((int,), 0, 2**31),
+    "repetition_penalty": ((int, float), 1e-3, 1e3),
+    "max_new_tokens": ((int,), 1, 2**31),
+    "max_length": ((int,), 1, 2**31),
+    "min_new_tokens": ((int,), 0, 2**31),
+    "num_return_sequences": ((int,), 1, 4096),
+}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -53,17 +65,41 @@ def read_config(raw: dict, where: Path) -> dict:
     tied = config["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         faults.append(Fault(f"tie_word_embeddings is {str(tied)[:50]!r}", str(where), "true or false."))
-    for name in _TOKENS:
-        config[name] = value = raw.get(name)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and token >= 0 for token in ids):
-            faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(where), "A token id, or null."))
+    config |= {name: raw.get(name) for name in _TOKENS}
+    faults += _wrong_tokens(raw, where)
     config["dtype"] = _dtype(raw, where, faults)
     config["rope_theta"] = _rope_theta(raw, where, faults)
     faults += _unsupported(raw, config, where)
     if faults:
         raise CheckpointError.of(faults)
     return config
+
+
+def _wrong_tokens(raw: dict, where: Path) -> list[Fault]:
+    faults = []
+    for name in _TOKENS:
+        value = raw.get(name)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < 2**31 for token in ids) or (name != "eos_token_id" and ids is value):
+            faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(where), "A token id, or null."))
+    return faults
+
+
+def read_generation_config(path: Path) -> dict:
+    """Read and check a generation_config.json; keys that nobody here reads may hold anything.
+
+    Raises:
+        CheckpointError: not a JSON object, or a token id or a setting of the wrong type or out of range.
+    """
+    raw = read_json(path)
+    faults = _wrong_tokens(raw, path)
+    for name, (kinds, low, high) in _GENERATION.items():
+        value = raw.get(name)
+        if value is not None and (type(value) not in kinds or not low <= value <= high):
+            faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(path), f"From {low:g} to {high:g}."))
+    if faults:
+        raise CheckpointError.of(faults)
+    return raw
 
 
 def _dtype(raw: dict, where: Path, faults: list[Fault]) -> str | None:

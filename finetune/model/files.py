@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
+import glob
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, FinetuneError, StorageError
 
 MAX_JSON_BYTES = 64 * 2**20  # the index of a 1000-shard model has 10 MB
 
@@ -102,25 +104,65 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     Raises:
         CheckpointError: `folder` exists and is not an empty folder, or it cannot be written.
+        StorageError: the disk is full.
     """
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     check_new(folder)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        _sweep(folder)
         partial.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot be written: {error.strerror}", where=str(folder)) from error
-    try:
         yield partial
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
+        sync_tree(partial)
         os.replace(partial, folder)
         sync(folder.parent)
     except OSError as error:
-        raise CheckpointError(f"cannot be written: {error.strerror}", where=str(folder)) from error
+        shutil.rmtree(partial, ignore_errors=True)  # before the free space is told
+        raise write_fault(error, folder) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes that are no more left half-written."""
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        owner = path.name.rpartition("-")[2]
+        if owner == str(os.getpid()) or not Path("/proc", owner).exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_fault(error: OSError, where: Path, *, needed: int | None = None, fix: str | None = None) -> FinetuneError:
+    """What to raise for a write that failed.
+
+    Args:
+        where: What was to be written.
+        needed: Bytes it takes, where that is known.
+        fix: What to do once there is room; a sentence on making room when not given.
+
+    Returns:
+        StorageError where the disk is full or read-only, with the free space; else CheckpointError.
+    """
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return CheckpointError(f"cannot be written: {reason}", where=str(where))
+    takes = f"it takes about {_size(needed)}, and " if needed else ""
+    free = _size(shutil.disk_usage(next(p for p in where.absolute().parents if p.exists())).free)
+    fix = fix or "Make room, or choose another disk."
+    return StorageError(f"cannot be written: {reason} ({takes}{free} are free there)", where=str(where), fix=fix)
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} GiB"
+
+
+def sync_tree(folder: Path) -> None:
+    """Force a folder and all in it to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -134,4 +176,9 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON object, keys sorted, readable."""
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: dict) -> str:
+    """A JSON object as `write_json` writes it."""
+    return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"

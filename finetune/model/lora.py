@@ -229,13 +229,16 @@ def adapter_state(model: LoRAModel) -> dict[str, np.ndarray]:
     return state
 
 
-def save_peft(model: LoRAModel, folder: str | Path, *, base: str, tokenizer: Path | None = None) -> None:
+def save_peft(
+    model: LoRAModel, folder: str | Path, *, base: str, tokenizer: Path | dict[str, bytes] | None = None
+) -> None:
     """Write a PEFT folder, which PEFT and this toolkit open: complete, or not there at all.
 
     Args:
         folder: Must not exist, or be empty.
         base: Hub id or folder of the base model, as `ModelSource.hub_or_folder` gives it.
-        tokenizer: Folder whose tokenizer files and generation config are to stand beside it.
+        tokenizer: Folder whose tokenizer files and generation config are to stand beside it, or these themselves
+            (`write.read_companions`).
     """
     from finetune.model.write import write_companions
 

@@ -162,25 +162,8 @@ _REFUSED = "is a pickle file, which can run any program when it is opened, and i
 
 
 def _safe_way(path: Path) -> str:
-    """How to turn a pickled weight file into safetensors, where the file is trusted."""
-    folder = path.parent
-    if path.suffix == ".pdparams":
-        target = "peft_model" if "lora" in path.name else "model"
-        return (
-            'If you trust where it comes from, convert it once: python -c "import paddle; '
-            "from safetensors.numpy import save_file; "
-            f"save_file({{k: v.numpy() for k, v in paddle.load('{path}').items()}}, "
-            f"'{folder / target}.safetensors')\" (float32 weights), then move the .pdparams file away."
-        )
-    if path.name.startswith("adapter_model"):
-        return (
-            'Convert it where torch is installed: python -c "import torch; from safetensors.torch import save_file; '
-            f"save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\"."
-        )
-    return (
-        'Convert it where torch and transformers are installed: python -c "from transformers import '
-        f"AutoModelForCausalLM as M; M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\"."
-    )
+    """How to turn a pickled weight file into safetensors."""
+    return f"Convert it to safetensors once: finetune export {path.parent} NEW_FOLDER --allow-pickle; then name that one."
 
 
 def _adapter(folder: Path, name: str, config_file: str, stems: tuple[str, ...], layout: str) -> ModelSource:

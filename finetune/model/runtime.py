@@ -1,8 +1,10 @@
 """Paddle and PaddleNLP brought up quietly, with every core in use. Import paddle only through here.
 
-Set before the import, since both are read once:
+Set before the import, since each is read once:
 - `MKL_NUM_THREADS`: matrix products use one thread as they come; with all cores they run 2.2 times faster.
   `OMP_NUM_THREADS` is left alone: setting it makes a step three times slower (docs/log.md).
+- `MKL_DEBUG_CPU_TYPE`: the MKL that Paddle brings takes its slowest path on processors that are not Intel's; 5 names
+  the AVX2 path, with which products run 3.3 times faster on an AMD EPYC (docs/log.md).
 - `GLOG_minloglevel`: C++ information lines off.
 """
 
@@ -12,6 +14,7 @@ import logging
 import os
 import warnings
 from functools import lru_cache
+from pathlib import Path
 
 _NOISE = (
     "No ccache found",
@@ -24,7 +27,9 @@ _NOISE = (
 @lru_cache(maxsize=1)
 def paddle():
     """Import paddle, choose the device, and return the module. PaddleNLP is loaded and silenced too."""
-    os.environ.setdefault("MKL_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("MKL_NUM_THREADS", str(threads()))
+    if needs_avx2_hint(Path("/proc/cpuinfo")):
+        os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     os.environ.setdefault("GLOG_minloglevel", "2")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for message in _NOISE:
@@ -37,6 +42,23 @@ def paddle():
     logger.set_level("ERROR")
     logging.getLogger("paddle").setLevel(logging.ERROR)
     return module
+
+
+def threads() -> int:
+    """Threads that this process may keep busy: MKL_NUM_THREADS, which `--nproc` shares out, or all its cores."""
+    asked = os.environ.get("MKL_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
+
+
+def needs_avx2_hint(cpuinfo: Path) -> bool:
+    """Whether MKL would not find out by itself that it may use AVX2: from /proc/cpuinfo, of the first processor."""
+    try:
+        first = cpuinfo.read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return False
+    fields = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    found = {"avx2", "fma"} <= set(fields.get("flags", []))
+    return found and fields.get("vendor_id") != ["GenuineIntel"]
 
 
 def device() -> str:

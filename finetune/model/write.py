@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from finetune.chat.tokenizer import TOKENIZER_FILES
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, CheckpointError
 from finetune.model import convert
-from finetune.model.config import hf_config, paddle_config
-from finetune.model.files import new_folder, read_json, within, write_json
+from finetune.model.config import hf_config, paddle_config, read_generation_config
+from finetune.model.files import json_text, new_folder, read_json, within, write_json
 from finetune.model.tensorfile import Promise, write_shards
 from finetune.model.weights import Weight, numpy_dtype
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from paddle.nn import Layer
 
 MAX_SHARD_BYTES = 5 * 10**9
+Companions = dict[str, bytes]
 CHAT_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -53,7 +53,7 @@ def write_hf(
     folder: str | Path,
     *,
     dtype: str,
-    tokenizer: Path | None = None,
+    tokenizer: Path | Companions | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that transformers 4 and 5, and everything that reads their layout, open.
@@ -63,7 +63,8 @@ def write_hf(
         weights: By Hugging Face name.
         folder: Must not exist, or be empty.
         dtype: Of the stored weights.
-        tokenizer: Folder whose tokenizer files and generation config go along, the files as they are.
+        tokenizer: Folder whose tokenizer files and generation config go along, the files as they are; or these as
+            `read_companions` read them.
         max_shard_bytes: Size above which the weights are split.
 
     Raises:
@@ -83,7 +84,7 @@ def write_paddle(
     folder: str | Path,
     *,
     dtype: str,
-    tokenizer: Path | None = None,
+    tokenizer: Path | Companions | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a folder that PaddleNLP's own `AutoModelForCausalLM.from_pretrained` opens. Arguments as for `write_hf`.
@@ -123,17 +124,32 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return result
 
 
-def write_companions(folder: Path, facts: dict, tokenizer: Path | None) -> None:
-    """Write generation_config.json, and copy the tokenizer's files as they are.
+def read_companions(facts: dict, tokenizer: Path | None) -> Companions:
+    """The files that stand beside weights, by name: the tokenizer's as they are, and generation_config.json.
 
     Args:
         facts: The model's, for its end tokens.
         tokenizer: Folder with the tokenizer, and perhaps the generation config the model came with.
+
+    Raises:
+        CheckpointError: one cannot be read, or is a link to a place outside of the folder.
     """
+    found: Companions = {}
     for name in TOKENIZER_FILES if tokenizer else ():
         if (tokenizer / name).exists():
-            shutil.copyfile(within(name, tokenizer), folder / name)
-    write_json(folder / "generation_config.json", generation_config(facts, tokenizer))
+            try:
+                found[name] = within(name, tokenizer).read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"cannot be read: {error.strerror}", where=str(tokenizer / name)) from error
+    found["generation_config.json"] = json_text(generation_config(facts, tokenizer)).encode()
+    return found
+
+
+def write_companions(folder: Path, facts: dict, tokenizer: Path | Companions | None) -> None:
+    """Write what `read_companions` reads, or has read, into a folder."""
+    files = tokenizer if isinstance(tokenizer, dict) else read_companions(facts, tokenizer)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
 
 
 def generation_config(facts: dict, tokenizer: Path | None) -> dict:
@@ -143,7 +159,7 @@ def generation_config(facts: dict, tokenizer: Path | None) -> dict:
     """
     found: dict = {}
     if tokenizer and (tokenizer / "generation_config.json").exists():
-        found = read_json(tokenizer / "generation_config.json")
+        found = read_generation_config(tokenizer / "generation_config.json")
     special = special_tokens(tokenizer) if tokenizer else {}
     stops = [special[token] for token in CHAT_STOPS if token in special]
     for value in (found.get("eos_token_id"), facts["eos_token_id"]):
@@ -160,11 +176,20 @@ def generation_config(facts: dict, tokenizer: Path | None) -> dict:
 
 
 def special_tokens(tokenizer: Path) -> dict[str, int]:
-    """Added tokens and their ids, from tokenizer.json or tokenizer_config.json."""
-    if (tokenizer / "tokenizer.json").exists():
-        added = read_json(tokenizer / "tokenizer.json").get("added_tokens") or []
-        return {token["content"]: token["id"] for token in added}
-    if (tokenizer / "tokenizer_config.json").exists():
-        added = read_json(tokenizer / "tokenizer_config.json").get("added_tokens_decoder") or {}
-        return {token["content"]: int(number) for number, token in added.items()}
+    """Added tokens and their ids, from tokenizer.json or tokenizer_config.json.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = tokenizer / name
+        if not path.exists():
+            continue
+        try:
+            if name == "tokenizer.json":
+                return {str(token["content"]): int(token["id"]) for token in read_json(path).get("added_tokens") or []}
+            added = read_json(path).get("added_tokens_decoder") or {}
+            return {str(token["content"]): int(number) for number, token in added.items()}
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            raise CheckpointError("the list of added tokens is damaged", where=str(path)) from error
     return {}

@@ -34,8 +34,8 @@ _SECRET_NAME = (
     r"|credentials?|\bsignature)"
 )
 _REDACTIONS = (
-    # https://user:password@host
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@]+@"), rf"\1{HIDDEN}@"),
+    # https://user:password@host, and as a path, which has one slash there
+    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s@]+@"), rf"\1{HIDDEN}@"),
     # ?token=..., KEY=VALUE, "password: ..."
     (re.compile(rf"(?i)({_SECRET_NAME}(?:=|:\s*))[^\s&;,'\"]+"), rf"\1{HIDDEN}"),
     # tokens that are known by their form: Hugging Face, OpenAI, GitHub, AWS

@@ -8,18 +8,20 @@ built. PaddleNLP repeats the key and value heads to the number of query heads; h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train import cpu
+from finetune.train import cpu, gpu
 from finetune.train.estimate import KEPT_ATTENTION_BYTES
-from finetune.train.layout import Layout, Span
+from finetune.train.layout import Layout, Span, visible_until
 
 _bring_up()
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
+from paddle.incubate.nn.functional import fused_rotary_position_embedding
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,16 @@ class Context:
     spans: list[Span]
     cos: np.ndarray
     sin: np.ndarray
+
+    @cached_property
+    def angles(self) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """cos and sin on the device, float32 [T, 1, head_dim / 2]."""
+        return paddle.to_tensor(self.cos[:, None]), paddle.to_tensor(self.sin[:, None])
+
+    @cached_property
+    def start_rows(self) -> paddle.Tensor:
+        """The mask as FlashMask takes it, int32 [1, 1, T, 1]."""
+        return paddle.to_tensor(visible_until(self.spans)[None, None, :, None])
 
 
 def context_of(lm, layout: Layout) -> Context:
@@ -75,18 +87,75 @@ def attend(query, key, value, context: Context, dropout: float = 0.0):
     """
     if not dropout and cpu.fits(query, key, value):
         return _SpanAttention.apply(query, key, value, context)
-    query, key = (_rotated(x, context) for x in (query, key))
-    parts = [_attend_span(query, key, value, span, dropout) for span in context.spans]
-    return parts[0] if len(parts) == 1 else paddle.concat(parts)
+    shapes = tuple((_TRIAL_SPANS[-1].stop, *x.shape[1:]) for x in (query, key, value))
+    fused = gpu.chosen("rotary", query.dtype, shapes[:2], _try_rotary_fused, _try_rotary)
+    query, key = (_rotary_fused if fused else _rotary)(query, key, context)
+    fused = not dropout and gpu.chosen("flashmask", query.dtype, shapes, _try_flashmask, _try_by_span)
+    return _flashmask(query, key, value, context) if fused else _by_span(query, key, value, context, dropout)
 
 
-# -- any device, any dtype -----------------------------------------------------------------------------------------
+# -- fused, on GPU -------------------------------------------------------------------------------------------------
+
+# What kernels are tried on: two samples and a pair.
+_PROMPT = (100, 140)
+_TRIAL_SPANS = [Span(0, 40), Span(40, 100), Span(*_PROMPT), Span(140, 200, _PROMPT), Span(200, 230, _PROMPT)]
+
+
+@cache
+def _trial(head_dim: int) -> Context:
+    shape = _TRIAL_SPANS[-1].stop, head_dim // 2
+    angles = np.linspace(0, 6, shape[0] * shape[1], dtype=np.float32).reshape(shape)
+    return Context(_TRIAL_SPANS, np.cos(angles), np.sin(angles))
+
+
+def _try_rotary_fused(query, key):
+    return _rotary_fused(query, key, _trial(query.shape[-1]))
+
+
+def _try_rotary(query, key):
+    return _rotary(query, key, _trial(query.shape[-1]))
+
+
+def _try_flashmask(query, key, value):
+    return [_flashmask(query, key, value, _trial(query.shape[-1]))]
+
+
+def _try_by_span(query, key, value):
+    return [_by_span(query, key, value, _trial(query.shape[-1]))]
+
+
+def _rotary_fused(query, key, context: Context):
+    """Rotary embedding of queries and keys [T, heads, head_dim] in one kernel."""
+    # It wants the angles of both halves, [1, T, 1, head_dim], and the dtype of the queries.
+    cos, sin = (paddle.concat([x, x], axis=-1)[None].astype(query.dtype) for x in context.angles)
+    query, key, _ = fused_rotary_position_embedding(
+        query[None], key[None], None, sin=sin, cos=cos, use_neox_rotary_style=False
+    )
+    return query[0], key[0]
+
+
+def _flashmask(query, key, value, context: Context):
+    """Attention of the whole row in one kernel, [T, heads, head_dim]; tokens of a prefix are not copied."""
+    inputs = (x[None] for x in (query, key, value))
+    return F.flashmask_attention(*inputs, startend_row_indices=context.start_rows, causal=True)[0]
+
+
+# -- composed, on any device and in any dtype ------------------------------------------------------------------------
+
+
+def _rotary(query, key, context: Context):
+    return _rotated(query, context), _rotated(key, context)
 
 
 def _rotated(x, context: Context):
-    cos, sin = (paddle.to_tensor(t[:, None]).astype(x.dtype) for t in (context.cos, context.sin))
+    cos, sin = (t.astype(x.dtype) for t in context.angles)
     left, right = x.chunk(2, axis=-1)
     return paddle.concat([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def _by_span(query, key, value, context: Context, dropout: float = 0.0):
+    parts = [_attend_span(query, key, value, span, dropout) for span in context.spans]
+    return parts[0] if len(parts) == 1 else paddle.concat(parts)
 
 
 def _attend_span(query, key, value, span: Span, dropout: float):

@@ -3,7 +3,7 @@
 checkpoints/step-N/
   model/                 what `finetune generate` opens: Hugging Face layout, or a PEFT adapter
   optimizer.safetensors  AdamW moments (and float32 masters) by parameter name
-  extra.safetensors      present where the method needs more (PiSSA's starting factors)
+  extra.safetensors      present where the method needs more (LoRA's factors as trained, PiSSA's starting ones)
   state.json             step, token counts, best evaluation, recipe
   complete.json          size and SHA-256 of every other file; written last
 
@@ -18,43 +18,47 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, StorageError, TrainingError
+from finetune.model.files import read_json, sync, sync_tree, within, write_fault
+from finetune.model.tensorfile import Promise, TensorFolder, write_tensors
 
 COMPLETE = "complete.json"
 STATE = "state.json"
-OPTIMIZER = "optimizer.safetensors"
-EXTRA = "extra.safetensors"
+OPTIMIZER = "optimizer"
+EXTRA = "extra"
 MODEL = "model"
-_NAME = re.compile(r"step-(\d+)")
+_NAME = re.compile(r"step-(0|[1-9][0-9]{0,14})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A complete checkpoint on disk.
+
+    Attributes:
+        state: The content of state.json: `run` (see RunState) and `fingerprint` (see resume.py).
+    """
 
     folder: Path
     step: int
-
-    def state(self) -> dict:
-        """The content of state.json."""
-        return json.loads((self.folder / STATE).read_text(encoding="utf-8"))
+    state: dict
 
     def optimizer(self) -> dict[str, np.ndarray]:
         """Optimizer state by parameter name and slot."""
-        return load_file(self.folder / OPTIMIZER)
+        return self._tensors(OPTIMIZER)
 
     def extra(self) -> dict[str, np.ndarray]:
         """Method-specific tensors; empty where there are none."""
-        path = self.folder / EXTRA
-        return load_file(path) if path.exists() else {}
+        return self._tensors(EXTRA) if TensorFolder.present(self.folder, EXTRA) else {}
+
+    def _tensors(self, stem: str) -> dict[str, np.ndarray]:
+        tensors = TensorFolder(self.folder, stem)
+        return {name: tensors.read(name) for name in tensors.entries}
 
     @property
     def model(self) -> Path:
@@ -67,6 +71,7 @@ def write_checkpoint(
     step: int,
     *,
     write_model: Callable[[Path], None],
+    model_bytes: int,
     optimizer: dict[str, np.ndarray],
     extra: dict[str, np.ndarray],
     state: dict,
@@ -77,64 +82,118 @@ def write_checkpoint(
         root: The run's `checkpoints` folder.
         step: Optimizer steps done.
         write_model: Writes the model's files into the folder it is given.
+        model_bytes: What that takes, for the message when the disk is full.
         optimizer, extra: Tensors by name.
         state: JSON values.
 
     Raises:
-        OSError: the disk is full or not writable; earlier checkpoints are as they were.
+        TrainingError: a number is not finite, so that the checkpoint would be of no use.
+        StorageError: the disk is full or not writable; earlier checkpoints are as they were.
     """
-    final = root / f"step-{step}"
-    partial = root / f".step-{step}.partial"
+    check_finite(step, (optimizer | extra).items())
+    final, partial = root / f"step-{step}", root / f".step-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         write_model(partial / MODEL)
-        save_file(optimizer, partial / OPTIMIZER)
-        if extra:
-            save_file(extra, partial / EXTRA)
+        for stem, tensors in ((OPTIMIZER, optimizer), (EXTRA, extra)):
+            if tensors:
+                promises = {name: Promise.of(array) for name, array in tensors.items()}
+                write_tensors(partial / f"{stem}.safetensors", promises, {})
         (partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
         files = {str(p.relative_to(partial)): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-        (partial / COMPLETE).write_text(json.dumps({"step": step, "files": files}, indent=2), encoding="utf-8")
-        _sync_tree(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(partial, final)
-        _sync(root)
+        (partial / COMPLETE).write_text(_record(step, files), encoding="utf-8")
+        sync_tree(partial)
+        _put_in_place(partial, final)
+    except (OSError, StorageError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # before the free space is told
+        needed = model_bytes + sum(array.nbytes for array in [*optimizer.values(), *extra.values()])
+        cause = error if isinstance(error, OSError) else error.__cause__
+        fix = "Earlier checkpoints are intact: make room, or lower training.save_total_limit, then run the same command"
+        raise write_fault(cause, final, needed=needed, fix=f"{fix} again.") from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Checkpoint(final, step)
+    return Checkpoint(final, step, state)
+
+
+def check_finite(step: int, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Refuse to save what could not be trained further.
+
+    Raises:
+        TrainingError: a tensor holds a number that is not finite; names it.
+    """
+    for name, array in tensors:
+        if not np.isfinite(array).all():
+            raise TrainingError(
+                f"{name} holds numbers that are not finite after step {step}, so no checkpoint was written",
+                fix="Lower training.learning_rate or raise training.warmup_steps. Earlier checkpoints are as they were.",
+            )
+
+
+def _record(step: int, files: dict) -> str:
+    return json.dumps({"step": step, "files": files}, indent=2)
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    """Rename a whole folder to its name. One of that name, damaged or of a run that went on from an earlier step, is
+    set aside first, and `sweep` brings it back if the process ends before the second rename."""
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    sync(final.parent)
+    sync(final.parent.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Check a checkpoint folder against its own record.
 
     Raises:
-        CheckpointError: incomplete or damaged; the message names the file.
+        CheckpointError: not there, incomplete or damaged; the message names the file.
     """
+    if not folder.is_dir():
+        raise CheckpointError("there is no such folder", where=str(folder), fix="Name a checkpoints/step-N folder.")
     complete = folder / COMPLETE
+    if not complete.exists():
+        raise CheckpointError(f"{COMPLETE} is missing, so the folder was never finished", where=str(folder))
+    record = read_json(complete)
     try:
-        record = json.loads(complete.read_text(encoding="utf-8"))
-        step, files = int(record["step"]), dict(record["files"])
-    except FileNotFoundError:
-        raise CheckpointError(f"{COMPLETE} is missing, so the folder was never finished", where=str(folder)) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"cannot be read ({error})", where=str(complete)) from None
+        step, files = record["step"], record["files"]
+        good = _record(int(step), {name: [int(size), str(sha)] for name, (size, sha) in files.items()})
+        good = good.encode() == complete.read_bytes()
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        good = False
+    if not good:
+        raise CheckpointError("is damaged", where=str(complete))
     named = _NAME.fullmatch(folder.name)
     if named and int(named[1]) != step:
         raise CheckpointError(f"says step {step}, unlike its folder", where=str(complete))
-    for name, (size, sha) in sorted(files.items()):
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError("the file is missing", where=str(path))
-        if path.stat().st_size != size:
-            raise CheckpointError(f"holds {path.stat().st_size} bytes instead of {size}", where=str(path))
-        if _digest(path)[1] != sha:
-            raise CheckpointError("the content differs from its recorded SHA-256", where=str(path))
-    for name in (STATE, OPTIMIZER):
+    for name in (STATE, f"{OPTIMIZER}.safetensors"):
         if name not in files:
             raise CheckpointError(f"{name} is not listed, so this is no checkpoint to resume from", where=str(complete))
-    return Checkpoint(folder, step)
+    for name, (size, sha) in sorted(files.items()):
+        _check_file(within(name, folder), size, sha)
+    if f"{EXTRA}.safetensors" not in files and TensorFolder.present(folder, EXTRA):
+        raise CheckpointError(f"{EXTRA}.safetensors is there but not listed", where=str(complete))
+    state = read_json(folder / STATE)
+    if not all(isinstance(state.get(key), dict) for key in ("run", "fingerprint")):
+        raise CheckpointError("is not the state of a run", where=str(folder / STATE))
+    return Checkpoint(folder, step, state)
+
+
+def _check_file(path: Path, size: int, sha: str) -> None:
+    if not path.is_file():
+        raise CheckpointError("the file is missing", where=str(path))
+    if path.stat().st_size != size:
+        raise CheckpointError(f"holds {path.stat().st_size} bytes instead of {size}", where=str(path))
+    try:
+        found = _digest(path)[1]
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
+    if found != sha:
+        raise CheckpointError("the content differs from its recorded SHA-256", where=str(path))
 
 
 def list_steps(root: Path) -> list[int]:
@@ -145,38 +204,56 @@ def list_steps(root: Path) -> list[int]:
 
 
 def newest_good(root: Path, on_damage: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that checks out; each damaged one that is passed over is reported in one line."""
-    for step in reversed(list_steps(root)):
+    """The newest checkpoint that checks out, None where there is none; each damaged one is reported in one line.
+
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    steps = list_steps(root)
+    for step in reversed(steps):
         try:
             return open_checkpoint(root / f"step-{step}")
-        except (CheckpointError, SafetensorError) as error:
+        except CheckpointError as error:
             on_damage(f"checkpoint step-{step} is damaged and was passed over: {error}")
+    if steps:
+        raise CheckpointError(
+            f"no good checkpoint is left, {len(steps)} damaged",
+            where=str(root),
+            fix="Bring one back from a copy, or start over with training.resume_from_checkpoint=never, which deletes "
+            "them.",
+        )
     return None
 
 
-def rotate(root: Path, *, limit: int | None, keep: set[int]) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never those of `keep` and never the newest."""
+def rotate(root: Path, newest: int, *, limit: int | None, keep: set[int]) -> None:
+    """Delete checkpoints beyond `limit`, the oldest first.
+
+    Args:
+        newest: The step written last, which is never deleted. Later ones, which a resumed run has passed over as
+            damaged, go before any earlier one.
+        keep: Steps that stay whatever the limit, such as the best.
+    """
     if limit is None:
         return
     steps = list_steps(root)
-    excess = len(steps) - max(1, limit)
-    for step in steps[:-1]:
-        if excess <= 0:
-            return
-        if step in keep:
-            continue
+    order = [step for step in steps if step > newest] + [step for step in steps if step < newest]
+    for step in [step for step in order if step not in keep][: max(0, len(steps) - max(1, limit))]:
         # Renamed first: a deletion that is cut short must not leave a folder that looks like a checkpoint.
         doomed = root / f".step-{step}.deleted"
         os.rename(root / f"step-{step}", doomed)
         shutil.rmtree(doomed)
-        excess -= 1
 
 
 def sweep(root: Path) -> None:
-    """Remove what killed runs left half-written or half-deleted."""
-    if root.is_dir():
-        for path in root.glob(".step-*"):
-            shutil.rmtree(path, ignore_errors=True)
+    """Remove what killed runs left half-written or half-deleted; bring back what one was about to replace."""
+    if not root.is_dir():
+        return
+    for path in root.glob(".step-*.replaced"):
+        final = path.with_name(path.name[1:].removesuffix(".replaced"))
+        if not final.exists():
+            os.rename(path, final)
+    for path in root.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _digest(path: Path) -> tuple[int, str]:
@@ -185,17 +262,3 @@ def _digest(path: Path) -> tuple[int, str]:
         while block := file.read(1 << 20):
             sha.update(block)
     return path.stat().st_size, sha.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        _sync(path)
-    _sync(folder)

@@ -8,32 +8,21 @@ Nothing is copied between the two libraries.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+
+from finetune.model.memory import array_of  # noqa: F401 (callers take it from here)
+from finetune.model.runtime import threads
 
 _BLOCK_BYTES = 256 * 1024
 # Smallest exponent taken in a softmax. exp(-60) is nothing beside 1 in float32, while what lies below exp(-87) is
 # stored as denormal numbers, which make the matrix product behind it ten times slower.
 _LOWEST = np.float32(-60.0)
 _SERIAL_BYTES = 512 * 1024  # below this, handing work to a thread costs more than it saves
-_CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-_POOL = ThreadPoolExecutor(_CORES, thread_name_prefix="finetune-cpu")
-
-
-class _Memory:
-    """A tensor's memory, as NumPy's array interface describes it."""
-
-    def __init__(self, tensor):
-        self.tensor = tensor  # the array keeps this object, and so the memory, alive
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "<f4",
-            "shape": tuple(tensor.shape),
-            "data": (tensor.data_ptr(), False),
-        }
+_THREADS = threads()
+_POOL = ThreadPoolExecutor(_THREADS, thread_name_prefix="finetune-cpu")
 
 
 def fits(*tensors) -> bool:
@@ -41,18 +30,8 @@ def fits(*tensors) -> bool:
     return all(t.place.is_cpu_place() and str(t.dtype) == "paddle.float32" for t in tensors)
 
 
-def array_of(tensor) -> np.ndarray:
-    """The tensor's own memory as a float32 array; writing to it changes the tensor.
-
-    The tensor must be contiguous: pass results of products, `empty`, or `contiguous()`.
-    """
-    if not tensor.is_contiguous():
-        raise ValueError("a strided tensor has no plain memory; call contiguous() first")
-    return np.asarray(_Memory(tensor)) if tensor.size else np.zeros(tuple(tensor.shape), np.float32)
-
-
 def by_rows(rows: int, row_bytes: int, work: Callable[[slice], None]) -> None:
-    """Call `work` on slices that together are [0, rows), on all cores.
+    """Call `work` on slices that together are [0, rows), on all threads of this process.
 
     Args:
         row_bytes: Bytes of one row of one operand; sets the size of the slices.
@@ -66,10 +45,10 @@ def by_rows(rows: int, row_bytes: int, work: Callable[[slice], None]) -> None:
             for start in range(first, last, step):
                 work(slice(start, min(start + step, last)))
 
-    if rows * row_bytes <= _SERIAL_BYTES or _CORES == 1:
+    if rows * row_bytes <= _SERIAL_BYTES or _THREADS == 1:
         share(0, rows)
         return
-    bounds = np.linspace(0, rows, _CORES + 1).astype(int)
+    bounds = np.linspace(0, rows, _THREADS + 1).astype(int)
     futures = [_POOL.submit(share, int(a), int(b)) for a, b in zip(bounds, bounds[1:])]
     for future in futures:
         future.result()

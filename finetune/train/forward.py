@@ -54,6 +54,20 @@ def total_nll(model, layout: Layout) -> paddle.Tensor:
     return HeadNll.apply(hidden, head.weight, targets, head.transpose_y, not hidden.stop_gradient)
 
 
+def score_tokens(model, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """As `token_logps`, without gradient: float32 [N], and whether each scored token is the likeliest, bool [N]."""
+    with paddle.no_grad():
+        hidden = _scored_hidden(model, layout)
+        head = causal_lm(model).lm_head
+        logps, greedy = [], []
+        for start, stop in _chunks(hidden, head.weight, head.transpose_y):
+            targets = paddle.to_tensor(layout.targets[start:stop])
+            logits = _logits(hidden[start:stop], head.weight, head.transpose_y)
+            greedy.append((logits.argmax(axis=-1) == targets).numpy())
+            logps.append(_target_logps(logits, targets).numpy())
+    return np.concatenate(logps), np.concatenate(greedy)
+
+
 def _scored_hidden(model, layout: Layout) -> paddle.Tensor:
     """Last hidden states at the scored positions, [N, hidden]."""
     lm = causal_lm(model)

@@ -44,19 +44,22 @@ def launch(recipe: Recipe, *, nproc: int, nnodes: int, master: str | None) -> No
         folder = Path(scratch)
         job = folder / "recipe.yaml"
         job.write_text(dump_recipe(recipe), encoding="utf-8")
-        worker = ["-m", "finetune.worker", str(job), str(folder)]
+        arguments = [str(job), str(folder)]
         if nnodes > 1:
             launcher = ["-m", "paddle.distributed.launch", "--master", master, "--nnodes", str(nnodes)]
             launcher += ["--nproc_per_node", str(nproc), "--log_dir", str(folder / "log")]
-            command = [sys.executable, *launcher, *worker]
-            codes = _wait([subprocess.Popen(command, env=_environment(nproc))])
+            command = [sys.executable, *launcher, "-m", "finetune.worker", *arguments]
+            codes = _wait([subprocess.Popen(command, env=_environment(nproc), start_new_session=True)])
         else:
-            codes = _wait(_start(worker, nproc))
+            codes = _wait(_start(arguments, nproc))
         if any(codes):
             raise _first_error(folder, codes)
 
 
-def _start(worker: list[str], nproc: int) -> list[subprocess.Popen]:
+def _start(arguments: list[str], nproc: int) -> list[subprocess.Popen]:
+    # The paths of this process and not the current folder, which `python -m` would put first: it may be a stranger's.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from finetune.worker import main; sys.exit(main())"
+    command = [sys.executable, "-I", "-c", code, *arguments]
     ports = _free_ports(nproc + 1)
     endpoints = [f"127.0.0.1:{port}" for port in ports[1:]]
     processes = []
@@ -75,7 +78,8 @@ def _start(worker: list[str], nproc: int) -> list[subprocess.Popen]:
             "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
             "FLAGS_selected_gpus": str(rank),
         }
-        processes.append(subprocess.Popen([sys.executable, *worker], env=env))
+        # In a session of its own, Ctrl-C reaches it once, forwarded, and not a second time from the terminal.
+        processes.append(subprocess.Popen(command, env=env, start_new_session=True))
     return processes
 
 
@@ -122,7 +126,8 @@ def _first_error(folder: Path, codes: list[int]) -> FinetuneError:
     if not reports:
         failed = next(code for code in codes if code)
         return TrainingError(f"a training process ended with code {failed} and without a message")
-    first = min(reports, key=lambda report: report["time"])
+    # One rank's fault stops the others, so what the user can mend goes first.
+    first = min(reports, key=lambda report: (report["exit_code"] != UserError.exit_code, report["time"]))
     kind = UserError if first["exit_code"] == UserError.exit_code else TrainingError
     return kind(first["text"])
 

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train import cpu
+from finetune.train import cpu, gpu
 from finetune.train.attention import attention_forward
 
 _bring_up()
@@ -18,6 +18,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddlenlp.peft.lora.lora_layers import LoRALinear
+
+_EPSILON = 1e-6  # in the trial of a norm kernel
 
 
 def prepare_layers(lm) -> None:
@@ -30,7 +32,7 @@ def prepare_layers(lm) -> None:
         return
     for layer in lm.qwen2.layers:
         layer.self_attn.forward = partial(attention_forward, layer.self_attn)
-        layer.mlp.act_fn = swiglu
+        layer.mlp.forward = partial(mlp_forward, layer.mlp)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.forward = partial(rms_norm, norm)
     for module in lm.sublayers():
@@ -43,7 +45,23 @@ def rms_norm(norm, x):
     """x / rms(x) * weight, as PaddleNLP's Qwen2RMSNorm: [1, T, hidden]."""
     if cpu.fits(x, norm.weight):
         return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+    shapes = (8, x.shape[-1]), tuple(norm.weight.shape)
+    if x.dtype == norm.weight.dtype and gpu.chosen("rms_norm", x.dtype, shapes, _try_rms_norm_fused, _try_rms_norm):
+        return _rms_norm_fused(x, norm.weight, norm.variance_epsilon)
     return type(norm).forward(norm, x)
+
+
+def _rms_norm_fused(x, weight, epsilon):
+    return F.rms_norm(x, [x.shape[-1]], weight, epsilon)[0]
+
+
+def _try_rms_norm_fused(x, weight):
+    return [_rms_norm_fused(x, weight, _EPSILON)]
+
+
+def _try_rms_norm(x, weight):
+    wide = x.astype("float32")
+    return [(wide * paddle.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON)).astype(x.dtype) * weight]
 
 
 class _RmsNorm(PyLayer):
@@ -79,25 +97,46 @@ def swiglu(gate, up):
 class _Swiglu(PyLayer):
     @staticmethod
     def forward(ctx, gate, up):
-        out = paddle.empty(gate.shape, dtype="float32")
-        cpu.swiglu(_rows(gate), _rows(up), _rows(out))
         ctx.save_for_backward(gate, up)
         ctx.wants = wants(gate, up)
-        return out
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensor()
-        grad_gate, grad_up = paddle.empty(gate.shape, dtype="float32"), paddle.empty(up.shape, dtype="float32")
-        cpu.swiglu_backward(_rows(gate), _rows(up), _rows(grad.contiguous()), _rows(grad_gate), _rows(grad_up))
-        return given(ctx.wants, grad_gate, grad_up)
+        return given(ctx.wants, *_gated_backward(gate, up, grad.contiguous()))
+
+
+def _gated(gate, up):
+    out = paddle.empty(gate.shape, dtype="float32")
+    cpu.swiglu(_rows(gate), _rows(up), _rows(out))
+    return out
+
+
+def _gated_backward(gate, up, grad):
+    d_gate, d_up = paddle.empty(gate.shape, dtype="float32"), paddle.empty(up.shape, dtype="float32")
+    cpu.swiglu_backward(_rows(gate), _rows(up), _rows(grad), _rows(d_gate), _rows(d_up))
+    return d_gate, d_up
+
+
+def mlp_forward(mlp, x):
+    """down(silu(gate(x)) * up(x)), as PaddleNLP's Qwen2MLP: [1, T, hidden]."""
+    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+    if isinstance(down, LoRALinear) and _is_plain(down) and cpu.fits(gate, up):
+        return _GatedLoraLinear.apply(gate, up, down.weight, down.bias, down.lora_A, down.lora_B, down.scaling)
+    return down(swiglu(gate, up))
 
 
 def lora_linear(layer, x):
     """x W + b + scaling * dropout(x) A B, as PaddleNLP's LoRALinear: [1, T, in] -> [1, T, out]."""
-    if layer.disable_lora or layer.merged or isinstance(layer.lora_dropout, paddle.nn.Dropout):
+    if not _is_plain(layer):
         return type(layer).forward(layer, x)
     return _LoraLinear.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+
+
+def _is_plain(layer) -> bool:
+    """Whether an adapter is at work, without dropout."""
+    return not (layer.disable_lora or layer.merged or isinstance(layer.lora_dropout, paddle.nn.Dropout))
 
 
 class _LoraLinear(PyLayer):
@@ -105,26 +144,56 @@ class _LoraLinear(PyLayer):
 
     @staticmethod
     def forward(ctx, x, weight, bias, A, B, scaling):
-        shape, ctx.x_wants = x.shape[:-1], not x.stop_gradient
-        x = x.reshape([-1, x.shape[-1]])
-        low = paddle.matmul(x, A).scale_(scaling)
-        out = F.linear(x, weight, bias).addmm_(low, B)
+        ctx.x_wants, ctx.scaling, ctx.biased = not x.stop_gradient, scaling, bias is not None
+        out, low = _adapted(x, weight, bias, A, B, scaling)
         ctx.save_for_backward(x, weight, A, B, low)
-        ctx.scaling, ctx.biased = scaling, bias is not None
-        return out.reshape([*shape, -1])
+        return out
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, A, B, low = ctx.saved_tensor()
-        shape = grad.shape[:-1]
-        grad = grad.reshape([-1, grad.shape[-1]])
-        d_low = paddle.matmul(grad, B, transpose_y=True).scale_(ctx.scaling)
-        d_A = paddle.matmul(x, d_low, transpose_x=True)
-        d_B = paddle.matmul(low, grad, transpose_x=True)
-        d_x = None
-        if ctx.x_wants:  # not below the first adapter
-            d_x = paddle.matmul(grad, weight, transpose_y=True).addmm_(d_low, A.t()).reshape([*shape, -1])
+        d_x, d_A, d_B = _adapted_backward(grad, x, weight, A, B, low, ctx.scaling, ctx.x_wants)
         return (d_x, None, *[None] * ctx.biased, d_A, d_B)  # the weight and its bias are frozen
+
+
+class _GatedLoraLinear(PyLayer):
+    """The same of silu(gate) * up, which is the widest tensor of a layer: made again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias, A, B, scaling):
+        ctx.wants, ctx.scaling, ctx.biased = wants(gate, up), scaling, bias is not None
+        out, low = _adapted(_gated(gate, up), weight, bias, A, B, scaling)
+        ctx.save_for_backward(gate, up, weight, A, B, low)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, weight, A, B, low = ctx.saved_tensor()
+        x = _gated(gate, up)
+        d_x, d_A, d_B = _adapted_backward(grad, x, weight, A, B, low, ctx.scaling, any(ctx.wants))
+        d_gate, d_up = None, None
+        if d_x is not None:
+            d_gate, d_up = given(ctx.wants, *_gated_backward(gate, up, d_x))
+        return (d_gate, d_up, None, *[None] * ctx.biased, d_A, d_B)
+
+
+def _adapted(x, weight, bias, A, B, scaling):
+    """(x W + b + scaling * x A B, scaling * x A): [..., in] -> [..., out] and [T, rank]."""
+    rows = x.reshape([-1, x.shape[-1]])
+    low = paddle.matmul(rows, A).scale_(scaling)
+    return F.linear(rows, weight, bias).addmm_(low, B).reshape([*x.shape[:-1], -1]), low
+
+
+def _adapted_backward(grad, x, weight, A, B, low, scaling, x_wants):
+    """Gradients of x (None unless wanted), A and B."""
+    rows, x = grad.reshape([-1, grad.shape[-1]]), x.reshape([-1, x.shape[-1]])
+    d_low = paddle.matmul(rows, B, transpose_y=True).scale_(scaling)
+    d_A = paddle.matmul(x, d_low, transpose_x=True)
+    d_B = paddle.matmul(low, rows, transpose_x=True)
+    if not x_wants:  # below the first adapter
+        return None, d_A, d_B
+    d_x = paddle.matmul(rows, weight, transpose_y=True).addmm_(d_low, A.t())
+    return d_x.reshape([*grad.shape[:-1], -1]), d_A, d_B
 
 
 def wants(*inputs) -> list[bool]:

@@ -11,6 +11,7 @@ at `predict_index` and scored against `targets`; the shift by one is made here a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,24 @@ class Layout:
     def num_targets(self) -> int:
         """Scored tokens."""
         return int(self.targets.size)
+
+
+def visible_until(spans: list[Span]) -> np.ndarray:
+    """Of each token, the row from which on no token sees it: int32 [T].
+
+    These are FlashMask's lower-triangle start rows (Wang et al. 2024, arXiv:2410.01359), by which the whole mask is
+    told where attention is causal otherwise: token i sees token j if j <= i < visible_until[j]. That is all of it
+    because the spans that see a prefix follow it without a gap.
+
+    >>> visible_until([Span(0, 2), Span(2, 4, (0, 2)), Span(4, 5, (0, 2)), Span(5, 6)]).tolist()
+    [5, 5, 4, 4, 5, 6]
+    """
+    rows = np.empty(spans[-1].stop, np.int32)
+    for span in spans:
+        rows[span.start : span.stop] = span.stop
+        if span.prefix is not None:
+            rows[slice(*span.prefix)] = span.stop
+    return rows
 
 
 class _Row:
@@ -144,3 +163,35 @@ def lay_out_pairs(pairs: list[tuple[np.ndarray, Scored, Scored]]) -> Layout:
             scored = np.flatnonzero(np.asarray(labels) != IGNORE)
             row.score(predict[scored], np.asarray(labels)[scored])
     return row.layout()
+
+
+def lay_out_continuations(groups: list[list[tuple[Sequence[int], Sequence[int]]]]) -> Layout:
+    """Lay out sequences whose last tokens are scored. What all of a group begin with stands once.
+
+    Args:
+        groups: Of pairs (input, continuation): L token ids that the model reads, without the continuation's last token,
+            and 0 < C <= L token ids that are predicted at the input's last C positions.
+
+    >>> layout = lay_out_continuations([[([1, 2, 3], [7]), ([1, 2, 3], [8]), ([1, 2], [9])]])
+    >>> layout.input_ids.tolist(), layout.predict_index.tolist(), layout.targets.tolist()
+    ([[1, 2, 3]], [2, 2, 1], [7, 8, 9])
+    """
+    row = _Row()
+    for group in groups:
+        common = _common_length([ids for ids, _ in group])
+        start = row.append(group[0][0][:common]) if common else row.length
+        prefix = (start, start + common) if common else None
+        starts = {(): start + common}  # where the rest of an input stands; equal rests stand once
+        for ids, continuation in group:
+            rest = tuple(ids[common:])
+            if rest not in starts:
+                starts[rest] = row.append(rest, prefix)
+            places = np.arange(len(ids) - len(continuation), len(ids))
+            row.score(np.where(places < common, start + places, starts[rest] + places - common), continuation)
+    return row.layout()
+
+
+def _common_length(rows: list[Sequence[int]]) -> int:
+    """Tokens that all rows begin with."""
+    first, last = min(rows), max(rows)  # what these share, all between them do
+    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -34,16 +35,22 @@ def locked(folder: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise ArgumentError(
                 f"another run is writing there ({_owner(file.read())})",
                 where=str(folder),
                 fix="Wait for it, stop it, or choose another training.output_dir.",
             ) from None
-        file.truncate(0)
-        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
-        file.flush()
+        except OSError as error:
+            raise ArgumentError(
+                f"cannot be locked ({error.strerror}), so two runs could spoil each other's files",
+                where=str(folder),
+                fix="Choose another training.output_dir, on a file system that has locks.",
+            ) from error
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         yield
 
 

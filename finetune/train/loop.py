@@ -9,6 +9,7 @@ dropout, so that a resumed run needs weights, moments and the step number only.
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -31,6 +32,9 @@ import paddle  # noqa: E402
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import TrainingSection
+
+
+_SHOW_CURSOR = b"\x1b[?25h"  # the live bar hides it
 
 
 @dataclass
@@ -74,6 +78,7 @@ def train_loop(
     state: RunState,
     log: Callable[[dict], None],
     save: Callable[[], None],
+    rotate: Callable[[], None],
 ) -> str:
     """Run optimizer steps from `state.step` to the end of the plan.
 
@@ -86,9 +91,11 @@ def train_loop(
         state: Where to start; kept up to date for `save`.
         log: Takes one row of metrics.jsonl.
         save: Writes a checkpoint of `state.step`.
+        rotate: Deletes older ones; called after a good step.
 
     Returns:
-        "done", "early_stopping", or "interrupted" (a signal asked to stop; a checkpoint was saved).
+        "done", "early_stopping", or "interrupted" (a signal asked to stop, or a stream of rows ended with a fault; a
+        checkpoint was saved where a step was done).
 
     Raises:
         TrainingError: the loss or a gradient is not finite; nothing was saved after the last good step.
@@ -96,11 +103,17 @@ def train_loop(
     total = plan.total_steps
     interval = _Interval()
     task.model.train()
-    with _stop_requests() as stop, progress(total, "train", unit="step", done=state.step) as bar:
+    with _stop_requests(world) as stop, progress(total, "train", unit="step", done=state.step) as bar:
+        saved_at = state.step
         for step in plan.steps(state.step):
+            if plan.may_fail and world.all_sum([float(step.failed)])[0]:
+                if saved_at < state.step:
+                    save()
+                return "interrupted"
             started = time.perf_counter()
             metrics, tokens = _step(task, step, optimizer, learning_rate, training, world)
             seconds = time.perf_counter() - started
+            rotate()
             state.step += 1
             state.num_tokens += tokens
             state.seconds += seconds
@@ -123,6 +136,8 @@ def train_loop(
             due = training.save_steps and state.step % training.save_steps == 0
             if not saved and (due or stopping or last):
                 save()
+                saved = True
+            saved_at = state.step if saved else saved_at
             if stopping and not last:
                 return "interrupted"
             patience = training.early_stopping_patience
@@ -158,7 +173,7 @@ def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[
             f"the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']} at step {step.number + 1}, "
             f"on rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
             fix="Lower training.learning_rate or raise training.warmup_steps, and look at these rows with "
-            "`finetune preview`. The last checkpoint is good.",
+            "`finetune preview`. Nothing was saved since; earlier checkpoints are as they were.",
         )
     return metrics, tokens
 
@@ -184,7 +199,7 @@ def _evaluate_and_judge(eval_task, training, world, state: RunState, log) -> boo
     metrics = evaluate(eval_task, training, world)
     log({"step": state.step} | metrics)
     loss = metrics["eval_loss"]
-    if state.best_loss is None or loss < state.best_loss:
+    if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
         state.best_loss, state.best_step, state.evals_without_gain = loss, state.step, 0
         return True
     state.evals_without_gain += 1
@@ -213,7 +228,7 @@ def evaluate(task, training: TrainingSection, world: World) -> dict[str, float]:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def _stop_requests(world: World) -> Iterator[threading.Event]:
     """SIGINT and SIGTERM ask for a stop after the current step; a second one ends the process at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -222,8 +237,12 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     def ask(signum, frame):
         if event.is_set():
-            raise KeyboardInterrupt
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
         event.set()
+        if world.is_main:  # past rich, which may be in the middle of a line
+            cursor = _SHOW_CURSOR if os.isatty(2) else b""
+            os.write(2, cursor + b"\nStopping after this step; a checkpoint will be saved. Again: at once, unsaved.\n")
 
     previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

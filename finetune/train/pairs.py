@@ -17,8 +17,8 @@ _bring_up()
 import paddle  # noqa: E402
 
 if TYPE_CHECKING:
-    from finetune.chat.dataset import PairDataset
     from finetune.chat.render import PairExample
+    from finetune.chat.rows import PairDataset
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load, save
 
 from finetune.errors import RecipeError
 from finetune.model import convert
@@ -297,11 +296,11 @@ class _Cache:
         if not self.tensors.exists() or not self.json.exists():
             return empty
         try:
-            record = json.loads(self.json.read_text(encoding="utf-8"))
-            found = load_file(self.tensors)
-            good = record == self.record and set(found) == {"chosen", "rejected"}
+            content = self.tensors.read_bytes()
+            good = json.loads(self.json.read_text(encoding="utf-8")) == self._record(content)
+            found = load(content) if good else {}
             values = np.stack([found["chosen"], found["rejected"]], axis=1) if good else empty
-        except (OSError, ValueError, SafetensorError):
+        except (OSError, ValueError):
             good = False
         if not good or values.shape != self.shape or values.dtype != np.float64:
             console.warn(f"{self.tensors} is damaged; the reference log-probabilities are computed again")
@@ -312,10 +311,14 @@ class _Cache:
         """Replace the cache, atomically."""
         self.tensors.parent.mkdir(parents=True, exist_ok=True)
         partial_tensors, partial_json = (p.with_name(f".{p.name}.partial") for p in (self.tensors, self.json))
-        save_file({"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()}, partial_tensors)
-        partial_json.write_text(json.dumps(self.record, indent=2), encoding="utf-8")
+        content = save({"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()})
+        partial_tensors.write_bytes(content)
+        partial_json.write_text(json.dumps(self._record(content), indent=2), encoding="utf-8")
         os.replace(partial_tensors, self.tensors)
         os.replace(partial_json, self.json)
+
+    def _record(self, content: bytes) -> dict:
+        return self.record | {"sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _identity(session: Session) -> dict:

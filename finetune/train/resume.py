@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.chat.tokenizer import TOKENIZER_FILES
 from finetune.errors import ArgumentError, Fault, RecipeError
 from finetune.report import console
 from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep
 
 if TYPE_CHECKING:
+    from finetune.model.resolve import ModelSource
     from finetune.train.parallel import World
     from finetune.train.prepare import Prepared
 
@@ -29,28 +32,63 @@ _FREE = {
     "training.resume_from_checkpoint",
     "data.eval",
 }
+_CONTENTS = {"data.train": "the training data", "model": "the base model or its tokenizer"}
+_BLOCKS, _BLOCK_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint to resume from (None: a new run), its step, and whether nothing is left to do."""
+    """Where a run starts.
 
+    Attributes:
+        fingerprint: Of this run, for its checkpoints.
+        checkpoint: What to resume from; None: a new run.
+        finished: Nothing is left to do.
+    """
+
+    fingerprint: dict[str, Any]
     checkpoint: Checkpoint | None = None
-    step: int = 0
     finished: bool = False
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.checkpoint.step if self.checkpoint else 0
 
 
 def fingerprint(prepared: Prepared) -> dict[str, Any]:
-    """All that the remaining steps of a run depend on, flat: dotted recipe keys, data files by hash, processes."""
+    """All that the remaining steps of a run depend on, flat: dotted recipe keys, data and model by hash, processes."""
     recipe = prepared.recipe
     flat = _flatten(recipe.model_dump(mode="json"))
     if recipe.training.lr_scheduler_type in ("constant", "constant_with_warmup") and not recipe.training.warmup_ratio:
         for key in ("training.max_steps", "training.num_train_epochs"):
             flat.pop(key, None)
-    kept = {k: v for k, v in flat.items() if k not in _FREE and not k.startswith("data.train")}
-    kept["data.train"] = [file.sha256 or file.path for file in prepared.train_report.files]
+    kept = {k: v for k, v in flat.items() if k not in _FREE}
+    kept["data.train"] = [{k: v for k, v in source.items() if k != "path"} for source in flat["data.train"]]
+    kept["data.train"] += [file.sha256 or file.path for file in prepared.train_report.files]
+    kept["model"] = _model_digest(prepared.source)
     kept["processes"] = prepared.world_size
-    return kept
+    return json.loads(json.dumps(kept))
+
+
+def _model_digest(source: ModelSource) -> str:
+    """SHA-256 over a model's config, adapter settings and tokenizer, and over size and some blocks of its weights:
+    all of them would take a minute for a large model, and training changes every block."""
+    digest = hashlib.sha256()
+    for folder in dict.fromkeys((source.folder, source.tokenizer_folder)):
+        for name in ("config.json", "adapter_config.json", "lora_config.json", *TOKENIZER_FILES):
+            if (folder / name).is_file():
+                digest.update(name.encode() + (folder / name).read_bytes())
+    for path in sorted(source.folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(_BLOCKS):
+                file.seek(size * number // _BLOCKS)
+                digest.update(file.read(_BLOCK_BYTES))
+    if source.base is not None:
+        digest.update(_model_digest(source.base).encode())
+    return digest.hexdigest()
 
 
 def find_start(prepared: Prepared, world: World) -> Start:
@@ -65,8 +103,9 @@ def find_start(prepared: Prepared, world: World) -> Start:
     root = output / "checkpoints"
     wanted = training.resume_from_checkpoint
     _refuse_to_replace(output, wanted)
+    identity = fingerprint(prepared)
     if wanted == "never":
-        return Start()
+        return Start(identity)
     if wanted != "auto":
         checkpoint = open_checkpoint(Path(wanted))
     else:
@@ -75,11 +114,10 @@ def find_start(prepared: Prepared, world: World) -> Start:
         world.barrier()
         checkpoint = newest_good(root, console.warn)
         if checkpoint is None:
-            return Start()
-    saved = checkpoint.state()
-    _refuse_changes(saved["fingerprint"], fingerprint(prepared), checkpoint)
-    done = saved["run"]["step"] >= prepared.plan.total_steps
-    return Start(checkpoint, checkpoint.step, finished=done and wanted == "auto" and _has_final(output))
+            return Start(identity)
+    _refuse_changes(checkpoint.state["fingerprint"], identity, checkpoint)
+    done = checkpoint.step >= prepared.plan.total_steps
+    return Start(identity, checkpoint, finished=done and wanted == "auto" and _has_final(output))
 
 
 def _refuse_to_replace(output: Path, wanted: str) -> None:
@@ -108,14 +146,13 @@ def _has_final(output: Path) -> bool:
 
 
 def _refuse_changes(then: dict[str, Any], now: dict[str, Any], checkpoint: Checkpoint) -> None:
-    now = json.loads(json.dumps(now))
     changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
     if not changed:
         return
     faults = []
     for key in changed:
-        if key == "data.train":
-            what = "the training data changed since the checkpoint was written"
+        if key in _CONTENTS:
+            what = f"{_CONTENTS[key]} changed since the checkpoint was written"
         else:
             what = f"is {now.get(key)!r}, but the checkpoint was written with {then.get(key)!r}"
         faults.append(Fault(what, key))

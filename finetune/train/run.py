@@ -5,15 +5,14 @@ output_dir/ holds recipe.yaml, manifest.json, metrics.jsonl, report.html, checkp
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import FinetuneError, TrainingError
+from finetune.errors import Fault, FinetuneError, StorageError, TrainingError, UserError
+from finetune.model.files import write_fault
 from finetune.recipe.load import dump_recipe
 from finetune.report import console
 from finetune.report.manifest import build_manifest, write_manifest
@@ -84,6 +83,8 @@ def _run(recipe: Recipe, world: World, answer: Answer | None) -> None:
     join(world)
     start = find_start(prepared, world)
     if start.finished:
+        if world.is_main and _report_is_old(output):
+            write_report(output)
         console.say(
             f"{output} holds this run, finished: {prepared.plan.total_steps} of {prepared.plan.total_steps} steps. "
             "To train again, change training.output_dir or pass training.resume_from_checkpoint=never."
@@ -113,16 +114,16 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
             if world.is_main and answer is not None:
                 write_samples(output / "samples.json", session, answer)
         if world.is_main:
+            for note in [] if prepared.stream is None else prepared.stream.report.notes:
+                console.warn(note)
             manifest.write("stopped" if reason == "interrupted" else "finished")
             write_report(output)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        fix = "Earlier checkpoints are intact: make room, then run the same command again."
+        fault = write_fault(error, Path(error.filename or output), fix=fix)
+        if not isinstance(fault, StorageError):
             raise
-        raise TrainingError(
-            f"nothing more can be written ({os.strerror(error.errno)})",
-            where=str(error.filename or output),
-            fix="Earlier checkpoints are intact: make room, then run the same command again.",
-        ) from error
+        raise fault from error
     except (MemoryError, RuntimeError) as error:
         if not (isinstance(error, MemoryError) or "ResourceExhausted" in str(error) or "Out of memory" in str(error)):
             raise
@@ -132,7 +133,12 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
             fix="Lower training.per_device_train_batch_size (and raise training.gradient_accumulation_steps), lower "
             "data.max_length, or set training.recompute: true; then run the same command again.",
         ) from error
+    finally:
+        if prepared.stream is not None:
+            prepared.stream.close()
     if reason == "interrupted":
+        if prepared.stream is not None and prepared.stream.fault is not None:
+            raise _stopped_by(prepared.stream.fault, session.state.step, prepared.plan.total_steps)
         raise Interrupted(
             f"stopped at step {session.state.step} of {prepared.plan.total_steps}; a checkpoint is saved",
             fix="Run the same command again to go on.",
@@ -140,6 +146,17 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
     if world.is_main:
         ending = "" if reason == "done" else " (stopped early: eval_loss no longer fell)"
         console.say(f"Finished{ending}. Model: {output / 'final'}  Report: {output / 'report.html'}")
+
+
+def _stopped_by(fault: FinetuneError, step: int, total: int) -> FinetuneError:
+    """What ended a stream of rows, with where the run stands."""
+    if not step or not isinstance(fault, UserError):
+        return fault
+    end = Fault(
+        f"stopped at step {step} of {total}; a checkpoint is saved",
+        fix="Correct this, then run the same command again to go on.",
+    )
+    return type(fault).of([*fault.faults, end])
 
 
 def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:
@@ -151,6 +168,12 @@ def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:
         for name in ("metrics.jsonl", "report.html", "manifest.json", "samples.json"):
             (output / name).unlink(missing_ok=True)
     (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def _report_is_old(output: Path) -> bool:
+    """Whether the run was ended by force after its manifest was written and before its report was."""
+    report, manifest = output / "report.html", output / "manifest.json"
+    return not report.exists() or report.stat().st_mtime_ns < manifest.stat().st_mtime_ns
 
 
 class _NoMetrics:

@@ -26,7 +26,8 @@ def write_samples(path: Path, session: Session, answer: Answer) -> None:
             decoding.
     """
     prepared = session.prepared
-    rows = prepared.eval if prepared.eval is not None else prepared.train
+    train = prepared.train if prepared.stream is None else prepared.first_rows
+    rows = prepared.eval if prepared.eval is not None else train
     examples = [rows[i] for i in range(min(COUNT, len(rows)))]
     if prepared.recipe.method == "dpo":
         examples = [pair.chosen for pair in examples]

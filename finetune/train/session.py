@@ -7,18 +7,20 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from finetune.errors import Fault, RecipeError
+from finetune.chat.stream import Position
+from finetune.errors import CheckpointError, Fault, RecipeError
 from finetune.model.adapters import LoraSettings
-from finetune.model.load import load_model
+from finetune.model.files import sync, sync_tree
+from finetune.model.load import as_numpy, load_model
 from finetune.model.lora import add_lora, lora_layers, merge_lora, save_peft, training_state
 from finetune.model.runtime import device
-from finetune.model.write import save_hf, write_companions
-from finetune.train.checkpoint import rotate, write_checkpoint
+from finetune.model.write import read_companions, save_hf
+from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
 from finetune.train.loop import RunState, train_loop
 from finetune.train.optimizer import NamedAdamW, trainable_parameters
 from finetune.train.parallel import World
 from finetune.train.prepare import Prepared
-from finetune.train.resume import Start, fingerprint
+from finetune.train.resume import Start
 from finetune.train.schedule import learning_rate
 from finetune.train.sft import SftTask
 
@@ -29,6 +31,12 @@ class Session:
     def __init__(self, prepared: Prepared, world: World, start: Start):
         self.prepared, self.world = prepared, world
         self.resumed = start.checkpoint is not None
+        self._fingerprint = start.fingerprint
+        self._rotation_due = False
+        if prepared.stream is not None:  # so that rows are there when the model is
+            prepared.stream.start(_position(start, world))
+        # Read now: the model's folder may be gone before the run ends.
+        self._companions = read_companions(prepared.source.config, prepared.source.tokenizer_folder)
         self.model, self.dtype = _build_model(prepared, start)
         self.device = device()
         parameters = trainable_parameters(self.model)
@@ -38,7 +46,7 @@ class Session:
         self.task, self.eval_task = self._tasks()
         if start.checkpoint is not None:
             self.optimizer.load(start.checkpoint.optimizer())
-            self.state = RunState(**start.checkpoint.state()["run"])
+            self.state = _restored(start.checkpoint)
 
     def _tasks(self):
         p = self.prepared
@@ -63,7 +71,7 @@ class Session:
                 min_lr_ratio=training.min_lr_ratio or 0.0,
             )
 
-        return train_loop(
+        reason = train_loop(
             task=self.task,
             eval_task=self.eval_task,
             plan=self.prepared.plan,
@@ -74,52 +82,96 @@ class Session:
             state=self.state,
             log=log,
             save=self.save,
+            rotate=self.rotate,
         )
+        if reason != "interrupted":
+            self.rotate()
+        return reason
 
     @property
     def _root(self) -> Path:
         return Path(self.prepared.recipe.training.output_dir) / "checkpoints"
 
     def save(self) -> None:
-        """Write a checkpoint of the current step and delete what is over the limit."""
+        """Write a checkpoint of the current step; `rotate` comes later."""
+        stream = self.prepared.stream
+        # Where each rank stands in its share of the rows
+        positions = {} if stream is None else {"stream": self.world.gather(asdict(stream.position))}
         if self.world.is_main:
+            parameters = self.optimizer.parameters
+            check_finite(self.state.step, ((name, as_numpy(p)) for name, p in parameters.items()))
             lora = self.prepared.recipe.lora is not None
             write_checkpoint(
                 self._root,
                 self.state.step,
                 write_model=self.write_model,
+                model_bytes=sum(p.size * p.element_size() for p in parameters.values()),
                 optimizer=self.optimizer.state(),
                 extra=training_state(self.model) if lora else {},
-                state={"run": asdict(self.state), "fingerprint": fingerprint(self.prepared)},
+                state={"run": asdict(self.state), "fingerprint": self._fingerprint} | positions,
             )
-            best = self.state.best_step
-            keep = {best} if best is not None and self.prepared.recipe.training.load_best_model_at_end else set()
-            rotate(self._root, limit=self.prepared.recipe.training.save_total_limit, keep=keep)
+            self._rotation_due = True
         self.world.barrier()
+
+    def rotate(self) -> None:
+        """Delete checkpoints over the limit, once a step from the newest one has given a finite loss: where weights
+        have run away, the next step shows it, and the one before must still be there."""
+        if not self._rotation_due:
+            return
+        self._rotation_due = False
+        limit = self.prepared.recipe.training.save_total_limit
+        newest = max(step for step in list_steps(self._root) if step <= self.state.step)
+        rotate(self._root, newest, limit=limit, keep=set() if self._best is None else {self._best})
+
+    @property
+    def _best(self) -> int | None:
+        """The step whose model becomes the final one, where that is not the last."""
+        return self.state.best_step if self.prepared.recipe.training.load_best_model_at_end else None
 
     def write_model(self, folder: Path) -> None:
         """Write what `finetune generate` opens: a Hugging Face model, or a PEFT adapter, with its tokenizer."""
         source = self.prepared.source
         if self.prepared.recipe.lora is None:
-            save_hf(self.model, folder, tokenizer=source.tokenizer_folder)
-            return
-        folder.mkdir(parents=True)
-        save_peft(self.model, folder, base=(source.base or source).hub_or_folder)
-        write_companions(folder, source.config, source.tokenizer_folder)
+            save_hf(self.model, folder, tokenizer=self._companions)
+        else:
+            save_peft(self.model, folder, base=(source.base or source).hub_or_folder, tokenizer=self._companions)
 
     def write_final(self, folder: Path) -> None:
-        """Write final/: the model as it is now, or the best checkpoint's where that was asked for."""
+        """Write final/: the model as it is now, or the best checkpoint's where that was asked for.
+
+        Raises:
+            CheckpointError: the best checkpoint is damaged.
+        """
         if self.world.is_main:
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            best = self.state.best_step
-            if best is not None and self.prepared.recipe.training.load_best_model_at_end:
-                shutil.copytree(self._root / f"step-{best}" / "model", partial)
+            partial.mkdir()
+            # One level down, so that what a killed run leaves is under one name, which the next one removes.
+            if self._best is None:
+                self.write_model(partial / folder.name)
             else:
-                self.write_model(partial)
+                shutil.copytree(self._good_best().model, partial / folder.name)
+                sync_tree(partial / folder.name)
             shutil.rmtree(folder, ignore_errors=True)
-            partial.rename(folder)
+            (partial / folder.name).rename(folder)
+            partial.rmdir()
+            sync(folder.parent)
         self.world.barrier()
+
+    def _good_best(self) -> Checkpoint:
+        try:
+            return open_checkpoint(self._root / f"step-{self._best}")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the best checkpoint cannot become the final model: {error}",
+                fix="Bring it back from a copy, or pass training.load_best_model_at_end=false to take the last step's.",
+            ) from error
+
+
+def _position(start: Start, world: World) -> Position:
+    if start.checkpoint is None:
+        return Position()
+    return Position(**start.checkpoint.state["stream"][world.rank])
 
 
 def _build_model(prepared: Prepared, start: Start):
@@ -144,6 +196,13 @@ def _build_model(prepared: Prepared, start: Start):
     if recipe.training.recompute:
         (model.model if recipe.lora else model).recompute_enable()
     return model, loaded.dtype
+
+
+def _restored(checkpoint: Checkpoint) -> RunState:
+    try:
+        return RunState(**checkpoint.state["run"])
+    except TypeError as error:
+        raise CheckpointError(f"is not the state of a run: {error}", where=str(checkpoint.folder)) from error
 
 
 def lora_settings(section) -> LoraSettings:

@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import CheckpointError
@@ -16,6 +16,7 @@ from finetune.model.config import hf_config, read_config
 from finetune.model.files import read_json, within
 from finetune.model.resolve import resolve_model
 from finetune.model.tensorfile import TensorFolder
+from tests import fuzzing  # noqa: F401, how many cases
 from tests.tiny import tiny_config
 
 WHERE = Path("f")
@@ -24,11 +25,9 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-MANY = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PEFT = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
 
 
-@MANY
 @given(st.dictionaries(st.sampled_from([*tiny_config(), "dtype", "rope_parameters", "rope_scaling", "head_dim"]), JSON))
 def test_configs(changes):
     try:
@@ -37,7 +36,6 @@ def test_configs(changes):
         pass
 
 
-@MANY
 @given(st.dictionaries(st.sampled_from([*PEFT, "use_rslora", "rslora", "init_lora_weights", "lora_dropout"]), JSON))
 def test_adapter_configs(changes):
     for parse in (parse_peft_config, parse_paddle_config):
@@ -56,7 +54,6 @@ ENTRY = st.fixed_dictionaries(
 )
 
 
-@MANY
 @given(st.dictionaries(st.text(max_size=4), ENTRY | JSON, max_size=3), st.binary(max_size=64), st.integers(-2, 2))
 def test_tensor_files(tmp_path, header, data, lie):
     raw = json.dumps(header).encode()
@@ -69,7 +66,6 @@ def test_tensor_files(tmp_path, header, data, lie):
         pass
 
 
-@MANY
 @given(st.binary(max_size=80))
 def test_raw_files(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
@@ -81,7 +77,6 @@ def test_raw_files(tmp_path, content):
             pass
 
 
-@MANY
 @given(st.text(max_size=20) | st.from_regex(r"(\.\./|/|a|\x00|\\){1,6}"))
 def test_no_name_leads_out_of_a_folder(tmp_path, name):
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from finetune.errors import ArgumentError, CheckpointError
+from finetune.errors import ArgumentError, CheckpointError, StorageError
 from finetune.model.adapters import LoraSettings
 from finetune.model.convert import PROJECTIONS
 from tests.model.compute import difference, logits, prompts, shake
@@ -291,7 +291,7 @@ def test_a_failed_save_leaves_nothing(lora, base, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(lora, "write_tensors", fail)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         lora.save_peft(adapted(lora, base), tmp_path / "a", base="x")
     assert list(tmp_path.iterdir()) == []
     shutil.rmtree(tmp_path)

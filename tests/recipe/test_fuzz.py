@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import RecipeError
 from finetune.recipe.load import dump_recipe, load_recipe
 from finetune.recipe.schema import QWEN2_LINEARS, Recipe
 from finetune.recipe.shipped import SHIPPED
+from tests import fuzzing  # noqa: F401, how many cases
 
 SAMPLES = [file.read_text() for file in sorted((SHIPPED / "recipes").glob("*.yaml"))]
 KEYS = sorted({line.split(":")[0].strip(" -#") for text in SAMPLES for line in text.splitlines() if ":" in line})
@@ -19,8 +20,6 @@ PIECES = ["\n", " ", "  ", "- ", ": ", "[", "]", "{", "}", ",", "&a", "*a", "!!"
 PIECES += ["\t", "\x00", "\x85", "\ufeff", "<<", "?", "%YAML 1.1\n", "\\", '"\\x', '"\\U', "1e-4", "-1", ".nan"]
 PIECES += ["---\n", "null", "é", "0x", "[[[[[[[[[[[[[[[", "{a: "]
 PIECES += ["data:\n  train:\n    - path: x\n", "method: sft\n", "model: {path: x}\n"]
-SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
-QUIET = settings(max_examples=150, deadline=None, suppress_health_check=SLOW)
 
 
 def read(text: bytes, overrides: list[str] = []) -> Recipe | None:  # noqa: B006
@@ -34,19 +33,16 @@ def read(text: bytes, overrides: list[str] = []) -> Recipe | None:  # noqa: B006
             return None
 
 
-@QUIET
 @given(st.lists(st.sampled_from(PIECES + KEYS), max_size=40).map("".join))
 def test_pieces_of_yaml(text):
     read(text.encode())
 
 
-@QUIET
 @given(st.binary(max_size=200))
 def test_bytes(data):
     read(data)
 
 
-@QUIET
 @given(st.data())
 def test_damaged_recipes(data):
     text = data.draw(st.sampled_from(SAMPLES))
@@ -63,13 +59,11 @@ anything = st.recursive(
 )
 
 
-@QUIET
 @given(st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(KEYS) | st.just("0"), anything), max_size=4))
 def test_overrides(triples):
     read(SAMPLES[0].encode(), [f"{section}.{key}={value!r}" for section, key, value in triples])
 
 
-@QUIET
 @given(st.lists(st.text(max_size=30), max_size=4))
 def test_overrides_of_any_text(texts):
     read(SAMPLES[0].encode(), texts)
@@ -107,7 +101,6 @@ def recipes(draw) -> Recipe:
     return Recipe.model_validate(tree)
 
 
-@QUIET
 @given(recipes())
 def test_what_is_written_reads_back_equal(recipe):
     assert read(dump_recipe(recipe).encode()) == recipe

@@ -1,0 +1,17 @@
+"""The fuzz tests of the suite with many more cases: FINETUNE_SOAK_EXAMPLES each, 1,200 when not set."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+from tests import fuzzing  # noqa: F401, registers the profile
+
+settings.load_profile("soak")  # before the tests are defined
+
+from tests.model.test_fuzz import *  # noqa: E402, F403
+from tests.recipe.test_fuzz import *  # noqa: E402, F403
+from tests.test_fuzz import *  # noqa: E402, F403
+from tests.test_fuzz import no_sync, place  # noqa: E402, F401
+
+pytestmark = pytest.mark.timeout(0)

@@ -1,0 +1,232 @@
+"""What a machine does to a run: the disk fills up or is read-only, files vanish, memory ends, somebody presses Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import CheckpointError, StorageError
+from finetune.model.files import write_fault
+from finetune.train import loop
+from tests.runs import finetune, finetune_process, metrics, steps, write_recipe
+from tests.tiny import Shape, tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that mounts a tmpfs of a size, or gives a mounted one other options."""
+    mounted: list[Path] = []
+
+    def mount(options: str, folder: Path | None = None) -> Path:
+        place = folder or tmp_path / "disk"
+        place.mkdir(exist_ok=True)
+        options = f"remount,{options}" if folder else options
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command here")
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(mounted[0])], check=True)
+
+
+def test_a_full_disk_is_told_with_figures_and_the_run_goes_on_after_room_is_made(
+    tmp_path, tiny_folder, small_disk, capsys
+):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=4, save_steps=1)
+    undisturbed, disk = tmp_path / "undisturbed", small_disk("size=1000k")
+    run = disk / "run"
+    assert finetune("train", recipe, f"training.output_dir={undisturbed}") == 0
+    capsys.readouterr()
+    assert finetune("train", recipe, f"training.output_dir={run}") == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert f"{run}/checkpoints/step-3: cannot be written: No space left on device (it takes about 3" in said[0]
+    assert "KiB are free there). Earlier checkpoints are intact: make room" in said[0]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    assert finetune("train", recipe, f"training.output_dir={run}") == 1  # nothing is lost by trying again
+    assert "step-3: cannot be written" in capsys.readouterr().err
+    small_disk("size=8m", disk)
+    assert finetune("train", recipe, f"training.output_dir={run}") == 0
+    assert "resumed after step 2" in " ".join(capsys.readouterr().err.split())
+    assert (run / "final/model.safetensors").read_bytes() == (undisturbed / "final/model.safetensors").read_bytes()
+    assert [row["loss"] for row in steps(run)] == [row["loss"] for row in steps(undisturbed)]
+
+
+def test_an_export_to_a_full_disk_leaves_nothing(tiny_folder, small_disk, capsys):
+    disk = small_disk("size=64k")
+    assert finetune("export", tiny_folder, disk / "out") == 1
+    assert "out: cannot be written: No space left on device (" in capsys.readouterr().err
+    assert list(disk.iterdir()) == []
+
+
+def test_a_read_only_folder_is_said_before_anything_is_loaded(tmp_path, tiny_folder, small_disk, capsys):
+    disk = small_disk("size=64k,ro")
+    recipe = write_recipe(tmp_path, tiny_folder)
+    assert finetune("train", recipe, f"training.output_dir={disk / 'run'}") == 2
+    assert "cannot be written (Read-only file system). Choose another training.output_dir" in capsys.readouterr().err
+    assert finetune("export", tiny_folder, disk / "out") in (1, 2)
+    assert "out: cannot be written: Read-only file system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_faults_of_storage_have_figures(tmp_path, number):
+    fault = write_fault(OSError(number, os.strerror(number)), tmp_path / "a" / "b", needed=3 * 2**20)
+    assert isinstance(fault, StorageError) and fault.exit_code == 1
+    assert "it takes about 3.0 MiB, and " in str(fault) and " are free there" in str(fault)
+    assert isinstance(write_fault(OSError(errno.EACCES, "Permission denied"), tmp_path), CheckpointError)
+
+
+@contextmanager
+def before_step(monkeypatch, number: int, act):
+    """Call `act` before the optimizer step of this number, from 0."""
+    real = loop._step
+
+    def step(task, step, *rest):
+        if step.number == number:
+            act()
+        return real(task, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", step)
+        yield
+
+
+def test_files_that_vanish_during_a_run_are_not_missed(tmp_path, tiny_folder, monkeypatch, capsys):
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    recipe = write_recipe(tmp_path, model, save_steps=2)
+
+    def vanish() -> None:
+        shutil.rmtree(model)
+        (tmp_path / "train.jsonl").unlink()
+
+    with before_step(monkeypatch, 1, vanish):
+        assert finetune("train", recipe) == 0
+    for result in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "step-2"):
+        assert finetune("generate", result, "--prompt", "say one", "--max-new-tokens", "2") == 0
+    capsys.readouterr()
+    assert finetune("train", recipe) == 2
+    assert str(model) in capsys.readouterr().err
+
+
+def test_where_the_loss_runs_away_the_checkpoint_before_the_last_is_still_there(
+    tmp_path, tiny_folder, monkeypatch, capsys
+):
+    from finetune.train import sft
+
+    recipe = write_recipe(tmp_path, tiny_folder, save_steps=1, save_total_limit=1)
+    real = sft.SftTask.loss
+
+    def run_away() -> None:
+        def loss(self, layout, denominator):
+            value, parts = real(self, layout, denominator)
+            return value * float("inf"), {name: part * float("inf") for name, part in parts.items()}
+
+        monkeypatch.setattr(sft.SftTask, "loss", loss)
+
+    with before_step(monkeypatch, 2, run_away):
+        assert finetune("train", recipe) == 1
+    said = capsys.readouterr().err
+    assert "at step 3, on rows" in said and "train.jsonl:" in said and "learning_rate" in said
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    monkeypatch.setattr(sft.SftTask, "loss", real)
+    assert finetune("train", recipe) == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
+
+
+MEMORY = """
+import resource, sys
+from finetune import cli
+from finetune.train import loop
+real = loop._step
+def step(*arguments):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 24 * 2**20, resource.RLIM_INFINITY))
+    return real(*arguments)
+loop._step = step
+cli.main(sys.argv[1:])
+"""
+
+
+def test_the_end_of_memory_says_what_to_lower(tmp_path):
+    model = tiny_model(tmp_path / "wide", shape=Shape(hidden_size=256, intermediate_size=2048))
+    recipe = write_recipe(tmp_path, model, per_device_train_batch_size=24)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, "train", str(recipe)], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 1, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert "step 1: memory ran out" in said and "training.per_device_train_batch_size" in said
+    assert "training.recompute" in said and "Traceback" not in done.stderr
+
+
+def start(recipe: Path, *options: str) -> subprocess.Popen:
+    """A training process with some steps behind it."""
+    run = recipe.parent / "run"
+    command = [sys.executable, "-m", "finetune", "train", str(recipe), *options]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not (run / "metrics.jsonl").exists() or not metrics(run):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+def test_a_second_signal_ends_at_once_and_the_lock_of_the_dead_is_no_hindrance(tmp_path, tiny_folder, monkeypatch):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=5000)
+    process = start(recipe)
+    process.send_signal(signal.SIGSTOP)  # both signals are there before the step can end
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    _, said = process.communicate(timeout=60)
+    assert "Stopping after this step" in said and "Traceback" not in said
+    assert process.returncode in (-signal.SIGINT, -signal.SIGTERM)
+    owner = json.loads((tmp_path / "run" / ".lock").read_text())
+    assert owner["pid"] == process.pid and owner["host"]
+    (tmp_path / "run" / ".lock").write_text(json.dumps({"pid": os.getpid(), "host": "another"}))
+    assert finetune("train", recipe, "training.max_steps=1", "training.resume_from_checkpoint=never") == 0
+
+
+SECRETS = {
+    "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz0123",
+    "OPENAI_API_KEY": "sk-proj-abcdefghijklmnopqrstuvw",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCY",
+    "FINETUNE_API_KEY": "my-own-serving-key-12345",
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef",
+    "http_proxy": "http://me:proxy-password@127.0.0.1:9",
+}
+
+
+def test_no_secret_of_the_environment_or_of_an_address_is_written_down(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=2, save_steps=1)
+    environment = os.environ | SECRETS
+    done = finetune_process("train", recipe, "data.eval_fraction=0.2", env=environment)
+    assert done.returncode == 0, done.stderr
+    address = "https://user:url-password@example.com/rows.jsonl?token=query-secret-123&x=1"
+    failed = finetune_process("train", recipe, f"data.train={address}", "--debug", env=environment)
+    assert failed.returncode == 2 and "example.com/rows.jsonl" in failed.stderr
+    secrets = [*SECRETS.values(), "proxy-password", "url-password", "query-secret-123"]
+    texts = [done.stdout, done.stderr, failed.stdout, failed.stderr]
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    texts += [path.read_bytes().decode("latin1") for path in files]
+    for secret in secrets:
+        assert not any(secret in text for text in texts), secret

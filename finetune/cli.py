@@ -259,8 +259,8 @@ def export(
         bool,
         typer.Option(
             "--allow-pickle",
-            help="Read pickled weights (.bin, .pdparams) too. A pickle can hold a program; this takes tensors out of it "
-            "and refuses the rest, but a hostile file may still crash it or fill the memory.",
+            help="Read pickled weights (.bin, .pdparams) too. A pickle can hold a program; this takes tensors out of "
+            "it and refuses the rest, but a hostile file may still crash it or fill the memory.",
         ),
     ] = False,
 ) -> None:
@@ -283,7 +283,9 @@ def evaluate(
     limit: Annotated[
         int | None, _positive(metavar="N", help="Only the first N questions of each task or subject.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="FILE.json", help="All figures, settings and versions.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="All figures, settings and versions.")
+    ] = None,
     num_fewshot: Annotated[
         int | None, typer.Option(parser=_whole(0), metavar="N", help="Examples before each question, if not the usual.")
     ] = None,

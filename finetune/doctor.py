@@ -24,7 +24,9 @@ _INSTALL = f"Run `pip install paddle-finetune[cpu]`, or put in paddlepaddle-gpu 
 
 # The paths of this process and not the current folder, which `python -c` would put first: it may be a stranger's model
 # with a json.py in it.
-_PROBE = f"import sys; sys.path[:] = {sys.path!r}" + """
+_PROBE = (
+    f"import sys; sys.path[:] = {sys.path!r}"
+    + """
 import json
 from finetune.model.runtime import paddle
 module = paddle()
@@ -35,6 +37,7 @@ print("PROBE" + json.dumps({
     "sum": float(module.ones([2, 2]).matmul(module.ones([2, 2])).sum()),
 }))
 """
+)
 
 
 @dataclass(frozen=True)

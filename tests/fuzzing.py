@@ -84,7 +84,21 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=6,
 )
-_SNIPPETS = [b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"{", b"}", b"[" * 500, b'"', b",", b"1e999", b"NaN", b"-"]
+_SNIPPETS = [
+    b"",
+    b"\0",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"{",
+    b"}",
+    b"[" * 500,
+    b'"',
+    b",",
+    b"1e999",
+    b"NaN",
+    b"-",
+]
 
 
 @st.composite

@@ -212,9 +212,7 @@ def test_preview_shows_three_rows_and_all_as_json(run, behind, tmp_path):
 def test_export_and_doctor(run, behind):
     calls = behind("finetune.export.export", "export")
     assert run("export", "m", "out", "--format", "peft", "--verify")[0] == 0
-    assert calls == [
-        (("m", Path("out")), {"format": "peft", "dtype": "auto", "verify": True, "allow_pickle": False})
-    ]
+    assert calls == [(("m", Path("out")), {"format": "peft", "dtype": "auto", "verify": True, "allow_pickle": False})]
     behind("finetune.doctor", "doctor", lambda network: 1)
     assert run("doctor")[0] == 1
 

@@ -21,12 +21,24 @@ from tests.recipe.test_fuzz import KEYS, PIECES
 from tests.tiny import CHATML, tiny_model
 
 ROWS = [
-    {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}], "tools": []},
+    {
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+        ]
+    },
+    {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}],
+        "tools": [],
+    },
     {
         "messages": [
             {"role": "user", "content": "w?"},
-            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]},
+            {
+                "role": "assistant",
+                "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+            },
             {"role": "tool", "content": "3"},
             {"role": "assistant", "content": "It is 3."},
         ],
@@ -36,10 +48,26 @@ ROWS = [
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s", "tools": "[]"},
     {"prompt": "a", "chosen": "b", "rejected": "c"},
     {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"},
-    {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}, "rejected": {"from": "gpt", "value": "c"}},
+    {
+        "conversations": [{"from": "human", "value": "a"}],
+        "chosen": {"from": "gpt", "value": "b"},
+        "rejected": {"from": "gpt", "value": "c"},
+    },
     {"prompt": "a", "system": "b"},
 ]
-ROW_KEYS = ("role", "content", "train", "tool_calls", "function", "name", "arguments", "from", "value", "tools", "prompt")
+ROW_KEYS = (
+    "role",
+    "content",
+    "train",
+    "tool_calls",
+    "function",
+    "name",
+    "arguments",
+    "from",
+    "value",
+    "tools",
+    "prompt",
+)
 
 
 @pytest.fixture(scope="module")
@@ -175,16 +203,19 @@ def test_arrow_files_with_damage(place, data):
 
 STATEMENTS = [
     "{{ messages }}", "{{ messages[0].content * 99999999 }}", "{{ x }}", "{% for i in range(9**9) %}a{% endfor %}",
-    "{{ ''.__class__.__mro__ }}", "{{ messages | tojson }}", "{% include 'x' %}", "{% import 'os' as o %}", "{% set a = 1 %}",
-    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ 9**99999 }}",
-    "{{ '%099999999d' % 1 }}", "{{ strftime_now('%Y') }}", "{{ cycler.__init__.__globals__ }}", "{% if %}", "{{", "{#",
-    "{{ 'a' | center(999999999) }}", "{{ messages | groupby('role') }}", "{{ ('a' * 9999999) ~ ('b' * 9999999) }}",
-    "{% for a in messages %}{% for b in messages %}{{ loop.previtem }}{% endfor %}{% endfor %}", "{{ namespace(a=1).a }}",
-    "{{ 'a'.format(1) }}", "{{ '{0.__class__}'.format(1) }}", "{{ messages | map(attribute='__class__') | list }}",
-    "{% generation %}a{% endgeneration %}", "{% break %}", "{{ lipsum(9999999) }}", "{{ [1] * 99999999 }}",
-    "{{ 'abc' | wordwrap(0) }}", "{{ range(999999999) | list | length }}", "{{ 'a' | indent(999999999) }}",
-    "{{ 'a'.ljust(999999999) }}", "{{ 'a' * 99999 | replace('a', 'b' * 99999) }}", "{{ dict(a=messages) | xmlattr }}",
-    "{{ range(99999999) | sum }}", "{{ ('a,' * 9999999).split(',') | length }}", "{{ messages | sort(attribute='x') }}",
+    "{{ ''.__class__.__mro__ }}", "{{ messages | tojson }}", "{% include 'x' %}", "{% import 'os' as o %}",
+    "{% set a = 1 %}", "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ raise_exception('no') }}",
+    "{{ 1 / 0 }}", "{{ 9**99999 }}", "{{ '%099999999d' % 1 }}", "{{ strftime_now('%Y') }}",
+    "{{ cycler.__init__.__globals__ }}", "{% if %}", "{{", "{#", "{{ 'a' | center(999999999) }}",
+    "{{ messages | groupby('role') }}", "{{ ('a' * 9999999) ~ ('b' * 9999999) }}",
+    "{% for a in messages %}{% for b in messages %}{{ loop.previtem }}{% endfor %}{% endfor %}",
+    "{{ namespace(a=1).a }}", "{{ 'a'.format(1) }}", "{{ '{0.__class__}'.format(1) }}",
+    "{{ messages | map(attribute='__class__') | list }}", "{% generation %}a{% endgeneration %}", "{% break %}",
+    "{{ lipsum(9999999) }}", "{{ [1] * 99999999 }}", "{{ 'abc' | wordwrap(0) }}",
+    "{{ range(999999999) | list | length }}", "{{ 'a' | indent(999999999) }}", "{{ 'a'.ljust(999999999) }}",
+    "{{ 'a' * 99999 | replace('a', 'b' * 99999) }}", "{{ dict(a=messages) | xmlattr }}",
+    "{{ range(99999999) | sum }}", "{{ ('a,' * 9999999).split(',') | length }}",
+    "{{ messages | sort(attribute='x') }}",
 ]  # fmt: skip
 
 
@@ -224,7 +255,13 @@ def test_adapter_configs(place, data):
         export(place, "adapter", "--format", data.draw(st.sampled_from(["hf", "peft"])))
 
 
-TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json"]
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.json",
+]
 
 
 @given(st.data())
@@ -239,7 +276,9 @@ def test_tokenizer_files(place, data):
 
 @given(st.data())
 def test_files_of_a_model_folder_with_damage(place, data):
-    names = [f"model/{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")]
+    names = [
+        f"model/{name}" for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+    ]
     names += ["model/merges.txt", "sharded/model.safetensors.index.json", "sharded/model-00001-of-00002.safetensors"]
     names += ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
     path = place / data.draw(st.sampled_from(names))
@@ -263,7 +302,9 @@ def test_safetensors_headers(place, data):
 @given(st.data())
 def test_shard_indexes(place, data):
     path = place / "sharded" / "model.safetensors.index.json"
-    with file_as(path, json_bytes(data.draw(damaged_json(json.loads(path.read_text()), ("weight_map", "lm_head.weight"))))):
+    with file_as(
+        path, json_bytes(data.draw(damaged_json(json.loads(path.read_text()), ("weight_map", "lm_head.weight"))))
+    ):
         export(place, "sharded")
 
 

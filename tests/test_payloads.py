@@ -23,15 +23,16 @@ from tests.runs import finetune, finetune_process, write_recipe
 from tests.tiny import tiny_model, write_json
 
 BESIDE_A_MODEL = (
-    "pytorch_model.bin", "model_state.pdparams", "lora_model_state.pdparams", "adapter_model.bin", "model.pth", "model.pt",
-    "model.ckpt", "consolidated.00.pth", "optimizer.pdopt", "optimizer.pt", "scheduler.pdparams", "scheduler.pt",
-    "rng_state.pth", "rng_state_0.pth", "training_args.bin", "tokenizer.pkl", "vocab.pkl", "added_tokens.pkl", "model.joblib",
-    "model.npy", "chat_template.pkl", "generation_config.pkl", "static_name_to_dyg_name.pdparams", "spiece.model",
+    "pytorch_model.bin", "model_state.pdparams", "lora_model_state.pdparams", "adapter_model.bin",
+    "model.pth", "model.pt", "model.ckpt", "consolidated.00.pth", "optimizer.pdopt", "optimizer.pt",
+    "scheduler.pdparams", "scheduler.pt", "rng_state.pth", "rng_state_0.pth", "training_args.bin",
+    "tokenizer.pkl", "vocab.pkl", "added_tokens.pkl", "model.joblib", "model.npy", "chat_template.pkl",
+    "generation_config.pkl", "static_name_to_dyg_name.pdparams", "spiece.model",
 )  # fmt: skip
 MODULES = (
-    "modeling_qwen2.py", "configuration_qwen2.py", "tokenization_qwen2.py", "numpy.py", "paddle.py", "paddlenlp.py",
-    "yaml.py", "rich.py", "typer.py", "pyarrow.py", "datasets.py", "safetensors.py", "sitecustomize.py", "usercustomize.py",
-    "conftest.py", "setup.py", "__init__.py",
+    "modeling_qwen2.py", "configuration_qwen2.py", "tokenization_qwen2.py", "numpy.py", "paddle.py",
+    "paddlenlp.py", "yaml.py", "rich.py", "typer.py", "pyarrow.py", "datasets.py", "safetensors.py",
+    "sitecustomize.py", "usercustomize.py", "conftest.py", "setup.py", "__init__.py",
 )  # fmt: skip
 
 
@@ -72,7 +73,10 @@ def plant(folder: Path, marker: Path) -> None:
         if (folder / name).exists():
             value = json.loads((folder / name).read_text())
             classes = {"AutoConfig": "configuration_qwen2.C", "AutoModelForCausalLM": "modeling_qwen2.M"}
-            custom = {"auto_map": classes | {"AutoTokenizer": ["tokenization_qwen2.T", None]}, "trust_remote_code": True}
+            custom = {
+                "auto_map": classes | {"AutoTokenizer": ["tokenization_qwen2.T", None]},
+                "trust_remote_code": True,
+            }
             write_json(folder / name, value | custom)
 
 
@@ -190,7 +194,9 @@ def test_a_cached_script_of_a_hub_data_set_does_not_run(tmp_path, marker, tiny_f
 
 def entry(*arguments: str | Path) -> list[str]:
     """The command as the installed script starts it: without the current folder among the places of modules."""
-    code = f"import sys; sys.path[:] = {[p for p in sys.path if p]!r}; from finetune.cli import main; main(sys.argv[1:])"
+    code = (
+        f"import sys; sys.path[:] = {[p for p in sys.path if p]!r}; from finetune.cli import main; main(sys.argv[1:])"
+    )
     return [sys.executable, "-I", "-c", code, *map(str, arguments)]
 
 

@@ -578,6 +578,7 @@ def _arrow_blocks(batches: Iterator[Any]) -> Iterator[Block]:
 
     number = 1
     for batch in batches:
+        batch.validate(full=True)  # lengths and offsets are taken on trust otherwise
         for start in range(0, batch.num_rows, BLOCK_ROWS):
             part = batch.slice(start, BLOCK_ROWS)
             sink = pyarrow.BufferOutputStream()

@@ -20,9 +20,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from finetune.errors import CheckpointError
 
-# A conversation of 1,000 turns takes a few thousand steps and well under a megabyte.
+# A conversation of 1,000 turns takes a few thousand steps and well under a megabyte; 8 million characters are far
+# beyond any context.
 MAX_STEPS = 200_000
-MAX_CHARACTERS = 64_000_000
+MAX_CHARACTERS = 8_000_000
 _MAX_NUMBER = 100_000  # of an argument that says how long a text becomes
 _WIDE_FORMAT = re.compile(r"\d{6,}|\*")  # %-format
 _WIDE_FIELD = re.compile(r"\d{6,}|:[^{}]*\{")  # str.format; a width given by another field too
@@ -30,7 +31,19 @@ _WORK = 1024  # characters or items that a call takes or gives, counted as one m
 # What of Jinja's own no chat template needs and takes time or room that its arguments do not show.
 _LEFT_OUT_FILTERS = ("urlize", "xmlattr", "striptags", "pprint", "random")
 _LEFT_OUT_GLOBALS = ("lipsum",)
-_LENGTHS = ("center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "batch", "slice", "tojson", "to_bytes")
+_LENGTHS = (
+    "center",
+    "ljust",
+    "rjust",
+    "zfill",
+    "expandtabs",
+    "indent",
+    "wordwrap",
+    "batch",
+    "slice",
+    "tojson",
+    "to_bytes",
+)
 
 
 def _length(value: Any) -> int:
@@ -78,8 +91,8 @@ class _Counted:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox with a budget: loop items, calls and filters are steps, more of them the longer what they work on, and
-    no text may outgrow MAX_CHARACTERS, nor may all that is written on the way.
+    """The sandbox with a budget: loop items, calls and filters are steps, more of them the longer what they work on.
+    No text may outgrow MAX_CHARACTERS, nor may all that is written on the way.
 
     Constants are not computed when the template is compiled, where there is no budget: the optimizer is off, and a
     `finalize` that takes the context keeps the compiler from it.
@@ -145,7 +158,9 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise SecurityError("text formatting with a width above 99,999, or one that is not written out")
         elif name in ("replace", "join", "translate"):
             longest = max((_length(inner) for value in given for inner in _inner(value)), default=0)
-            self._check_length((_length(subject) + 1) * (longest + 1) if name != "join" else self._joined(subject, given))
+            self._check_length(
+                (_length(subject) + 1) * (longest + 1) if name != "join" else self._joined(subject, given)
+            )
 
     @staticmethod
     def _joined(subject: Any, given: tuple) -> int:

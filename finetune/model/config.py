@@ -80,7 +80,9 @@ def _wrong_tokens(raw: dict, where: Path) -> list[Fault]:
     for name in _TOKENS:
         value = raw.get(name)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and 0 <= token < 2**31 for token in ids) or (name != "eos_token_id" and ids is value):
+        if not all(type(token) is int and 0 <= token < 2**31 for token in ids) or (
+            name != "eos_token_id" and ids is value
+        ):
             faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(where), "A token id, or null."))
     return faults
 

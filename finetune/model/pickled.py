@@ -250,8 +250,13 @@ def _storage(root: str, members: dict[str, zipfile.ZipInfo], identity: tuple) ->
 
 def _read_tensor(path: Path, root: str, tensor: _Tensor) -> np.ndarray:
     storage = tensor.storage
-    with zipfile.ZipFile(path) as archive:
-        flat = np.frombuffer(archive.read(root + storage.key), dtype=storage.dtype)[tensor.offset :]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            flat = np.frombuffer(archive.read(root + storage.key), dtype=storage.dtype)[tensor.offset :]
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:  # by what zipfile finds wrong first
+        raise CheckpointError(
+            f"is damaged ({str(error) or 'it ends too early'})", where=str(path), fix="Copy or download it again."
+        ) from error
     strides = [stride * storage.dtype.itemsize for stride in tensor.strides]
     return np.ascontiguousarray(np.lib.stride_tricks.as_strided(flat, tensor.shape, strides)).reshape(tensor.shape)
 

@@ -163,7 +163,9 @@ _REFUSED = "is a pickle file, which can run any program when it is opened, and i
 
 def _safe_way(path: Path) -> str:
     """How to turn a pickled weight file into safetensors."""
-    return f"Convert it to safetensors once: finetune export {path.parent} NEW_FOLDER --allow-pickle; then name that one."
+    return (
+        f"Convert it to safetensors once: finetune export {path.parent} NEW_FOLDER --allow-pickle; then name that one."
+    )
 
 
 def _adapter(folder: Path, name: str, config_file: str, stems: tuple[str, ...], layout: str) -> ModelSource:

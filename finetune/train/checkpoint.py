@@ -127,7 +127,7 @@ def check_finite(step: int, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         if not np.isfinite(array).all():
             raise TrainingError(
                 f"{name} holds numbers that are not finite after step {step}, so no checkpoint was written",
-                fix="Lower training.learning_rate or raise training.warmup_steps. Earlier checkpoints are as they were.",
+                fix="Lower training.learning_rate or raise training.warmup_steps. Earlier checkpoints are good.",
             )
 
 

@@ -84,6 +84,7 @@ def test_tools_reach_the_template():
     assert '"天气' not in render("{{ tools[0] | tojson }}", tools=[WEATHER])
     assert "天气" in render("{{ tools[0] | tojson }}", tools=[WEATHER])
 
+
 BOMBS = [
     "{{ 'a' | center(999999999) }}",
     "{{ 'a'.ljust(999999999) }}",
@@ -100,7 +101,6 @@ BOMBS = [
     "{{ ['a'] | batch(999999999, 'x') | list }}",
     "{{ {'a': 1} | tojson(indent=999999999) }}",
     "{% set x = 'a' * 1000 %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 60 + "{{ x }}",
-    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "{% set ns = namespace(x='a' * 1000) %}{% for i in range(99999) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "{% for a in range(9999) %}{% for b in range(9999) %}{{ ('x' * 99999) | upper | length }}{% endfor %}{% endfor %}",
     "{{ range(99999) | map('string') | map('center', 99999) | list | length }}",

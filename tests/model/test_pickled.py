@@ -174,7 +174,11 @@ def test_every_cut_and_flip_of_a_file_is_read_or_refused(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_arrays_as_paddle_pickles_them(tmp_path, protocol):
-    arrays = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "t": np.arange(6.0).reshape(2, 3).T, "h": np.float16([1])}
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "t": np.arange(6.0).reshape(2, 3).T,
+        "h": np.float16([1]),
+    }
     bits = np.array([1.5, -2.0], ml_dtypes.bfloat16)
     pickled = pickle.dumps(arrays | {"b": bits.view(np.uint16), "StructuredToParameterName@@": {"a": "w_0"}}, protocol)
     found = read(tmp_path / "x.pdparams", pickled)
@@ -300,7 +304,8 @@ torch.save(state, {str(tmp_path / "x.pth")!r})
 torch.save(torch.nn.Linear(3, 2).state_dict(), {str(tmp_path / "module.bin")!r})
 torch.save(state, {str(tmp_path / "legacy.bin")!r}, _use_new_zipfile_serialization=False)
 from safetensors.torch import save_file
-save_file({{name: tensor.detach().clone().contiguous() for name, tensor in state.items()}}, {str(tmp_path / "x.safetensors")!r})
+plain = {{name: tensor.detach().clone().contiguous() for name, tensor in state.items()}}
+save_file(plain, {str(tmp_path / "x.safetensors")!r})
 """
     subprocess.run([REFERENCE, "-c", code], check=True, timeout=120)
     found = {name: promise.make() for name, promise in read_pickle(tmp_path / "x.pth").items()}

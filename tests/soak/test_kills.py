@@ -235,5 +235,7 @@ def test_killed_runs_end_as_undisturbed_ones(tmp_path, tiny_folder, capfd):
         runs += 1
         with capfd.disabled():
             shown = ", ".join(f"{kind} {count}" for kind, count in kills.items())
-            print(f"{time.strftime('%H:%M:%S')} {name}: equal after {job.resumed} resumptions; kills: {shown}", flush=True)
+            print(
+                f"{time.strftime('%H:%M:%S')} {name}: equal after {job.resumed} resumptions; kills: {shown}", flush=True
+            )
     assert kills.total() >= KILLS

@@ -39,7 +39,9 @@ def damage(path: Path, how: str) -> None:
 def trained(tmp_path_factory, tiny_folder) -> tuple[Path, Path]:
     """A recipe and its finished run: LoRA with dropout, three steps, three checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    recipe = write_recipe(folder, tiny_folder, max_steps=3, save_steps=1, save_total_limit=3, per_device_train_batch_size=2)
+    recipe = write_recipe(
+        folder, tiny_folder, max_steps=3, save_steps=1, save_total_limit=3, per_device_train_batch_size=2
+    )
     assert finetune("train", recipe, "lora={rank: 2, alpha: 4, dropout: 0.1}") == 0
     files = (folder / "run" / "checkpoints" / "step-3").rglob("*")
     assert {str(p.relative_to(folder / "run" / "checkpoints" / "step-3")) for p in files if p.is_file()} == set(FILES)
@@ -64,7 +66,9 @@ def check(trained, tmp_path, capsys, name: str, how: str) -> None:
     assert again(trained, run) == 0
     said = capsys.readouterr().err.splitlines()
     passed_over = [line for line in said if "passed over" in line]
-    assert len(passed_over) == 1 and "step-3 is damaged" in passed_over[0] and Path(name).name in passed_over[0]
+    assert len(passed_over) == 1 and "step-3 is damaged" in passed_over[0]
+    # A bit of complete.json may be one of another file's hash.
+    assert Path(name).name in passed_over[0] or (name, how) == ("complete.json", "bit flipped")
     assert any(line.split() == ["resumed", "after", "step", "2"] for line in said)
     final = "final/adapter_model.safetensors"
     assert (run / final).read_bytes() == (trained[1] / final).read_bytes()

@@ -50,7 +50,8 @@ def time_limit(seconds: float = SECONDS) -> Iterator[None]:
 
 def run(*arguments: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a command line, in this process."""
-    out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")  # as sys.stderr is
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), time_limit():
         code = cli._run([str(argument) for argument in arguments], debug=False)
     texts = []

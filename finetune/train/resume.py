@@ -65,7 +65,8 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             flat.pop(key, None)
     kept = {k: v for k, v in flat.items() if k not in _FREE}
     kept["data.train"] = [{k: v for k, v in source.items() if k != "path"} for source in flat["data.train"]]
-    kept["data.train"] += [file.sha256 or file.path for file in prepared.train_report.files]
+    # A stream's files are not read whole before the run, nor is the hub's data here as files.
+    kept["data.train"] += [file.sha256 or _sample(Path(file.path)) for file in prepared.train_report.files]
     kept["model"] = _model_digest(prepared.source)
     kept["processes"] = prepared.world_size
     return json.loads(json.dumps(kept))
@@ -80,14 +81,22 @@ def _model_digest(source: ModelSource) -> str:
             if (folder / name).is_file():
                 digest.update(name.encode() + (folder / name).read_bytes())
     for path in sorted(source.folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for number in range(_BLOCKS):
-                file.seek(size * number // _BLOCKS)
-                digest.update(file.read(_BLOCK_BYTES))
+        digest.update(f"{path.name} {_sample(path)}".encode())
     if source.base is not None:
         digest.update(_model_digest(source.base).encode())
+    return digest.hexdigest()
+
+
+def _sample(path: Path) -> str:
+    """SHA-256 over size and some blocks of a file, all of them where it is small; the name of what is no file."""
+    if not path.is_file():
+        return str(path)
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(_BLOCKS):
+            file.seek(size * number // _BLOCKS)
+            digest.update(file.read(_BLOCK_BYTES))
     return digest.hexdigest()
 
 

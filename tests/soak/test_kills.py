@@ -52,6 +52,8 @@ CASES = {
         "training.save_total_limit=1",
     ],
     "sft lora with dropout, packed": ["method=sft", LORA, *PACKED],
+    "sft lora with dropout, streamed": ["method=sft", LORA, "data.streaming=true", ACCUMULATED],
+    "sft full, streamed, packed": ["method=sft", *PACKED, "data.streaming=true"],
     "dpo lora, reference live": ["method=dpo", LORA, "dpo.precompute_ref_log_probs=false", ACCUMULATED],
 }
 

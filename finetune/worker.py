@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -34,5 +35,13 @@ def _report(folder: Path, exit_code: int, text: str) -> int:
     return exit_code
 
 
+def end() -> None:
+    """Run `main` and leave at once: a rank that tears gloo down while another has left already may abort."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    end()

@@ -58,7 +58,7 @@ def launch(recipe: Recipe, *, nproc: int, nnodes: int, master: str | None) -> No
 
 def _start(arguments: list[str], nproc: int) -> list[subprocess.Popen]:
     # The paths of this process and not the current folder, which `python -m` would put first: it may be a stranger's.
-    code = f"import sys; sys.path[:] = {sys.path!r}; from finetune.worker import main; sys.exit(main())"
+    code = f"import sys; sys.path[:] = {sys.path!r}; from finetune.worker import end; end()"
     command = [sys.executable, "-I", "-c", code, *arguments]
     ports = _free_ports(nproc + 1)
     endpoints = [f"127.0.0.1:{port}" for port in ports[1:]]

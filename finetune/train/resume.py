@@ -65,8 +65,8 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             flat.pop(key, None)
     kept = {k: v for k, v in flat.items() if k not in _FREE}
     kept["data.train"] = [{k: v for k, v in source.items() if k != "path"} for source in flat["data.train"]]
-    # A stream's files are not read whole before the run, nor is the hub's data here as files.
-    kept["data.train"] += [file.sha256 or _sample(Path(file.path)) for file in prepared.train_report.files]
+    # A stream's files have no hash: what of them was used is compared as it is read again (finetune/chat/stream.py).
+    kept["data.train"] += [file.sha256 or file.path for file in prepared.train_report.files]
     kept["model"] = _model_digest(prepared.source)
     kept["processes"] = prepared.world_size
     return json.loads(json.dumps(kept))

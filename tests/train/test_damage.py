@@ -125,17 +125,6 @@ def test_the_best_and_the_last_are_kept_and_a_damaged_best_is_not_made_the_final
         assert (run / "final").is_dir()
 
 
-def test_a_stream_whose_file_changed_is_not_resumed_silently(tmp_path, tiny_folder, capsys):
-    recipe = write_recipe(tmp_path, tiny_folder, max_steps=2, save_steps=1)
-    assert finetune("train", recipe, "data.streaming=true") == 0
-    assert finetune("train", recipe, "data.streaming=true") == 0  # finished, and unchanged
-    rows = tmp_path / "train.jsonl"
-    rows.write_text(rows.read_text().replace("one", "two"))
-    capsys.readouterr()
-    assert finetune("train", recipe, "data.streaming=true") == 2
-    assert "the training data changed" in capsys.readouterr().err
-
-
 def test_a_base_model_that_changed_is_not_resumed_silently(tmp_path, tiny_folder, capsys):
     from tests.tiny import tiny_weights, write_weights
 

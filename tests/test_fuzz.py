@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.model import files
+from finetune import files
 from tests.fuzzing import JSON, damaged_bytes, damaged_json, file_as, json_bytes, judge
 from tests.recipe.test_fuzz import KEYS, PIECES
 from tests.tiny import CHATML, tiny_model

@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from finetune.chat.template import ChatTemplate, TemplateFault
 from finetune.errors import CheckpointError, DataError
+from finetune.files import read_json, write_json
 
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -143,16 +144,16 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer_json = self._full_json()
-        _write_json(folder / "tokenizer.json", tokenizer_json, indent=2)
+        write_json(folder / "tokenizer.json", tokenizer_json, sort_keys=False)
         model = tokenizer_json["model"]
         if model.get("type") == "BPE":
             # PaddleNLP and transformers' slow classes read these two.
-            _write_json(folder / "vocab.json", model["vocab"])
+            write_json(folder / "vocab.json", model["vocab"], indent=None, sort_keys=False)
             merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
             (folder / "merges.txt").write_text(
                 "#version: 0.2\n" + "".join(f"{merge}\n" for merge in merges), encoding="utf-8"
             )
-        _write_json(folder / "tokenizer_config.json", self._full_config(tokenizer_json), indent=2)
+        write_json(folder / "tokenizer_config.json", self._full_config(tokenizer_json), sort_keys=False)
         if "default" in self.templates:
             (folder / "chat_template.jinja").write_text(self.templates["default"].source, encoding="utf-8", newline="")
 
@@ -521,22 +522,4 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"the file is not valid JSON: {error}", where=str(path), fix="Copy it from the original model again."
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"the file holds a {type(value).__name__}, not an object",
-            where=str(path),
-            fix="Copy it from the original model again.",
-        )
-    return value
-
-
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+    return read_json(path) if path.is_file() else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.errors import ArgumentError, CheckpointError, Fault
 from finetune.model.convert import PROJECTIONS
-from finetune.model.files import nearest
+from finetune.files import nearest
 
 VARIANTS = ("lora", "rslora", "lora_plus", "pissa")
 LORA_PLUS_RATIO = 16.0  # B learns 16 times as fast as A: Hayou et al. 2024, arXiv:2402.12354, section 5

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.errors import CheckpointError, Fault
-from finetune.model.files import nearest, read_json
+from finetune.files import nearest, read_json
 
 # Name, default (transformers' and PaddleNLP's agree), smallest, largest. The bounds keep a hostile file from asking
 # for more than any Qwen2 needs; the tensors themselves are compared with these numbers before anything is built.

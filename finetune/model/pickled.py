@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 
 from finetune.errors import CheckpointError
-from finetune.model.files import read_json, within, write_json
+from finetune.files import read_json, within, write_json
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import Promise, write_shards
 

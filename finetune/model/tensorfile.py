@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from finetune.errors import CheckpointError
-from finetune.model.files import no_duplicates, read_json, within
+from finetune.files import no_duplicates, read_json, within
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),

@@ -14,7 +14,7 @@ from finetune.errors import ArgumentError, CheckpointError, Fault
 from finetune.model import convert
 from finetune.model.adapters import LoraSettings, target_names
 from finetune.model.config import DTYPES
-from finetune.model.files import nearest
+from finetune.files import nearest
 from finetune.model.resolve import ModelSource
 from finetune.model.tensorfile import TensorFolder
 

@@ -5,7 +5,6 @@ It names no host, holds no environment variable, and leaves out what looks like 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -14,6 +13,8 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from finetune.files import json_text
 
 PACKAGES = (
     "paddle-finetune",
@@ -110,8 +111,7 @@ def write_manifest(path: str | Path, manifest: Mapping[str, Any]) -> None:
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(json_text(manifest, sort_keys=False, allow_nan=False))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import CheckpointError, StorageError, TrainingError
-from finetune.model.files import read_json, sync, sync_tree, within, write_fault
+from finetune.files import read_json, sync, sync_tree, within, write_fault
 from finetune.model.tensorfile import Promise, TensorFolder, write_tensors
 
 COMPLETE = "complete.json"
@@ -132,7 +132,9 @@ def check_finite(step: int, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
 
 
 def _record(step: int, files: dict) -> str:
-    return json.dumps({"step": step, "files": files}, indent=2)
+    """What complete.json says, its own checksum included."""
+    said = {"step": step, "files": files}
+    return json.dumps(said | {"sha256": hashlib.sha256(json.dumps(said).encode()).hexdigest()}, indent=2)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:

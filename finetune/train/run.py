@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import Fault, FinetuneError, StorageError, TrainingError, UserError
-from finetune.model.files import write_fault
+from finetune.files import write_fault
 from finetune.recipe.load import dump_recipe
 from finetune.report import console
 from finetune.report.manifest import build_manifest, write_manifest

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.files import write_json
 from finetune.train.layout import IGNORE
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write_samples(path: Path, session: Session, answer: Answer) -> None:
         }
         for i, text in zip(keep, texts)
     ]
-    path.write_text(json.dumps(samples, ensure_ascii=False, indent=2), encoding="utf-8")
+    write_json(path, samples, sort_keys=False)
 
 
 def last_response(labels: np.ndarray) -> tuple[int, int]:

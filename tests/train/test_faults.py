@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import CheckpointError, StorageError
-from finetune.model.files import write_fault
+from finetune.files import write_fault
 from finetune.train import loop
 from tests.runs import finetune, finetune_process, metrics, steps, write_recipe
 from tests.tiny import Shape, tiny_model

@@ -15,6 +15,7 @@ from pathlib import Path
 from finetune.errors import CheckpointError, FinetuneError, StorageError
 
 MAX_JSON_BYTES = 64 * 2**20  # the index of a 1000-shard model has 10 MB
+_COPY_AGAIN = "Copy the file again from where the folder came from."
 
 
 def read_json(path: Path, *, root: Path | None = None) -> dict:
@@ -36,12 +37,12 @@ def read_json(path: Path, *, root: Path | None = None) -> dict:
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"is not UTF-8 text (byte {error.start})", where=str(path)) from error
+        raise CheckpointError(f"is not UTF-8 text (byte {error.start})", where=str(path), fix=_COPY_AGAIN) from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise CheckpointError(f"is not valid JSON: {reason}", where=str(path)) from error
+        raise CheckpointError(f"is not valid JSON: {reason}", where=str(path), fix=_COPY_AGAIN) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", where=str(path))
+        raise CheckpointError(f"holds a JSON {type(value).__name__}, not an object", where=str(path), fix=_COPY_AGAIN)
     return value
 
 
@@ -174,11 +175,18 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON object, keys sorted, readable."""
-    path.write_text(json_text(value), encoding="utf-8")
+def write_json(path: Path, value: object, *, indent: int | None = 2, sort_keys: bool = True) -> None:
+    """Write a JSON file as `json_text` has it."""
+    path.write_text(json_text(value, indent=indent, sort_keys=sort_keys), encoding="utf-8", newline="")
 
 
-def json_text(value: dict) -> str:
-    """A JSON object as `write_json` writes it."""
-    return json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+def json_text(value: object, *, indent: int | None = 2, sort_keys: bool = True, allow_nan: bool = True) -> str:
+    """JSON in characters that UTF-8 has bytes for, with a newline at its end.
+
+    A file of a stranger may hold half of a surrogate pair, which UTF-8 has no bytes for; it stays the escape it was.
+
+    Raises:
+        ValueError: a number is not finite, and `allow_nan` is false.
+    """
+    text = json.dumps(value, ensure_ascii=False, allow_nan=allow_nan, indent=indent, sort_keys=sort_keys)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"

@@ -11,10 +11,10 @@ from math import prod
 from pathlib import Path
 
 from finetune.errors import ArgumentError, FinetuneError
+from finetune.files import check_new, new_folder, write_json
 from finetune.model.adapters import peft_config
 from finetune.model.config import DTYPES
 from finetune.model.convert import EMBEDDING, modules, peft_name
-from finetune.files import check_new, new_folder, write_json
 from finetune.model.pickled import unpickled
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import write_tensors

@@ -13,8 +13,8 @@ import numpy as np
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError, CheckpointError
-from finetune.model.convert import hf_shapes
 from finetune.files import new_folder
+from finetune.model.convert import hf_shapes
 from finetune.model.weights import Weight, numpy_dtype
 from finetune.model.write import cast, generation_config
 

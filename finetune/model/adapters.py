@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.errors import ArgumentError, CheckpointError, Fault
-from finetune.model.convert import PROJECTIONS
 from finetune.files import nearest
+from finetune.model.convert import PROJECTIONS
 
 VARIANTS = ("lora", "rslora", "lora_plus", "pissa")
 LORA_PLUS_RATIO = 16.0  # B learns 16 times as fast as A: Hayou et al. 2024, arXiv:2402.12354, section 5

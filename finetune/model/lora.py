@@ -25,9 +25,9 @@ from paddlenlp.peft import LoRAConfig, LoRAModel  # noqa: E402
 from paddlenlp.peft.lora.lora_layers import LoRALinear  # noqa: E402
 
 from finetune.errors import ArgumentError, CheckpointError  # noqa: E402
+from finetune.files import new_folder, write_json  # noqa: E402
 from finetune.model import convert  # noqa: E402
 from finetune.model.adapters import LoraSettings, peft_config, target_names  # noqa: E402
-from finetune.files import new_folder, write_json  # noqa: E402
 from finetune.model.load import as_numpy, empty_parameters, facts_of, name_of, set_parameter  # noqa: E402
 from finetune.model.resolve import ModelSource, resolve_model  # noqa: E402
 from finetune.model.tensorfile import Promise, write_tensors  # noqa: E402

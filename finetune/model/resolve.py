@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.errors import CheckpointError
+from finetune.files import nearest, read_json
 from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
 from finetune.model.config import read_config
-from finetune.files import nearest, read_json
 from finetune.model.tensorfile import TensorFolder
 
 MODEL_STEMS = ("model", "model_state")

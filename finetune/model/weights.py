@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 
 from finetune.errors import ArgumentError, CheckpointError, Fault
+from finetune.files import nearest
 from finetune.model import convert
 from finetune.model.adapters import LoraSettings, target_names
 from finetune.model.config import DTYPES
-from finetune.files import nearest
 from finetune.model.resolve import ModelSource
 from finetune.model.tensorfile import TensorFolder
 

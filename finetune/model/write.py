@@ -12,9 +12,9 @@ import numpy as np
 
 from finetune.chat.tokenizer import TOKENIZER_FILES
 from finetune.errors import ArgumentError, CheckpointError
+from finetune.files import json_text, new_folder, read_json, within, write_json
 from finetune.model import convert
 from finetune.model.config import hf_config, paddle_config, read_generation_config
-from finetune.files import json_text, new_folder, read_json, within, write_json
 from finetune.model.tensorfile import Promise, write_shards
 from finetune.model.weights import Weight, numpy_dtype
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from finetune.chat.stream import Position
 from finetune.errors import CheckpointError, Fault, RecipeError
-from finetune.model.adapters import LoraSettings
 from finetune.files import sync, sync_tree
+from finetune.model.adapters import LoraSettings
 from finetune.model.load import as_numpy, load_model
 from finetune.model.lora import add_lora, lora_layers, merge_lora, save_peft, training_state
 from finetune.model.runtime import device

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import CheckpointError
+from finetune.files import read_json, within
 from finetune.model.adapters import parse_paddle_config, parse_peft_config
 from finetune.model.config import hf_config, read_config
-from finetune.files import read_json, within
 from finetune.model.resolve import resolve_model
 from finetune.model.tensorfile import TensorFolder
 from tests import fuzzing  # noqa: F401, how many cases

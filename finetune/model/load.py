@@ -21,7 +21,7 @@ _bring_up()
 
 import paddle  # noqa: E402
 from paddle.nn.initializer import Initializer, set_global_initializer  # noqa: E402
-from paddlenlp.peft import LoRAModel  # noqa: E402
+from paddlenlp.peft.lora import LoRAModel  # noqa: E402
 from paddlenlp.transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
 from paddlenlp.transformers.model_utils import no_init_weights  # noqa: E402
 from paddlenlp.transformers.qwen2.modeling import Qwen2RotaryEmbedding  # noqa: E402

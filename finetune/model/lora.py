@@ -21,7 +21,7 @@ from finetune.model.runtime import paddle as _bring_up
 _bring_up()
 
 import paddle  # noqa: E402
-from paddlenlp.peft import LoRAConfig, LoRAModel  # noqa: E402
+from paddlenlp.peft.lora import LoRAConfig, LoRAModel  # noqa: E402
 from paddlenlp.peft.lora.lora_layers import LoRALinear  # noqa: E402
 
 from finetune.errors import ArgumentError, CheckpointError  # noqa: E402

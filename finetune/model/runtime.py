@@ -16,6 +16,8 @@ import warnings
 from functools import lru_cache
 from pathlib import Path
 
+from finetune.model.deferred import defer_paddlenlp
+
 _NOISE = (
     "No ccache found",
     "Setuptools is replacing distutils",
@@ -37,7 +39,11 @@ def paddle():
     for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
         warnings.filterwarnings("ignore", category=category)
     import paddle as module
+
+    defer_paddlenlp()
     from paddlenlp.utils.log import logger
+
+    module.disable_signal_handler()  # as paddlenlp does: a signal is Python's, without a C++ stack trace
 
     logger.set_level("ERROR")
     logging.getLogger("paddle").setLevel(logging.ERROR)

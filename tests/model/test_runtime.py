@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,45 @@ def test_threads(monkeypatch, value, wanted):
     if value is not None:
         monkeypatch.setenv("MKL_NUM_THREADS", value)
     assert threads() == (len(os.sched_getaffinity(0)) if wanted == "cores" else wanted)
+
+
+LOADED = "import sys; import finetune.model.load; before = sys.modules['paddlenlp']; "
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from paddlenlp import Taskflow",
+        "import paddlenlp; paddlenlp.Taskflow",
+        "import paddlenlp.trainer; paddlenlp.trainer.Trainer",
+        "from paddlenlp.peft import LoKrModel, LoRAModel; assert LoRAModel is finetune.model.load.LoRAModel",
+        "import paddlenlp.peft.prefix; from paddlenlp.peft import LoRAModel",
+        "from paddlenlp.trl import DPOTrainer",
+    ],
+)
+def test_all_of_paddlenlp_is_there_for_who_asks(code):
+    _run(LOADED + code + "; assert sys.modules['paddlenlp'] is before and 'sklearn' in sys.modules")
+
+
+def test_models_are_loaded_without_the_rest_of_paddlenlp():
+    _run(
+        LOADED,
+        "assert not {'sklearn', 'datasets', 'pandas', 'fastapi', 'paddlenlp.trainer'} & set(sys.modules)",
+        "import paddlenlp; assert paddlenlp.__version__ == '3.0.0b4'",
+        "from paddlenlp.transformers import AutoModelForCausalLM, LlamaForCausalLM",
+        "assert not hasattr(paddlenlp, '__wrapped__') and 'sklearn' not in sys.modules",
+        "assert not hasattr(paddlenlp, 'no_such_name') and 'sklearn' in sys.modules",
+    )
+
+
+def test_a_paddlenlp_that_is_there_already_stays():
+    _run(
+        "import sys, paddlenlp; from paddlenlp.peft import LoRAModel; import finetune.model.load",
+        "assert sys.modules['paddlenlp'] is paddlenlp and finetune.model.load.LoRAModel is LoRAModel",
+    )
+
+
+def _run(*lines: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr

@@ -1,4 +1,4 @@
-"""Imports point one way: cli, evaluate, then train, infer, export, then model, chat, then report, recipe, files, errors."""
+"""Imports point one way: cli, evaluate, train or infer or export, model, chat, recipe or report, files, errors."""
 
 from __future__ import annotations
 

@@ -40,13 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
         asked.rows,
         tuple(asked.variants),
     )
-    output = asked.output or RESULTS / f"{datetime.now(timezone.utc):%Y-%m-%d}.json"
+    names = "-".join(asked.cases) or "all"
+    output = asked.output or RESULTS / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M}-{names}-{asked.shape}.json"
     record = {"machine": machine(), "settings": {"shape": asked.shape, "rounds": asked.rounds}, "cases": {}}
     for name in asked.cases or CASES:
         record["cases"][name] = _run(name, settings)
         write_record(output, record)
+    write_chart(output.with_suffix(".svg"), [record])
     print(plain_table(record))
-    say(f"written: {output}")
+    say(f"written: {output} and {output.with_suffix('.svg').name}")
     return 0 if all(case["passed"] for case in record["cases"].values()) else 1
 
 
@@ -60,13 +62,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all-variants", action="store_true", help="run each of TRL's variants in every round")
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help="TRL's variants to run, if not all")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "benchmarks", help="where models are made")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date>.json")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date, time and cases>.json")
     parser.add_argument(
         "--tables",
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="run nothing; docs/performance.md and .svg from these files",
+        help="run nothing; write docs/performance.md and .svg and the README's table from these files",
     )
     asked = parser.parse_args(arguments)
     if unknown := [name for name in asked.cases if name not in CASES]:
@@ -83,13 +85,15 @@ def _run(name: str, settings: Settings) -> dict:
         result = CASES[name](name, settings)
     except Exception as error:
         say(traceback.format_exc())
-        result = {"passed": False, "error": f"{type(error).__name__}: {error}"}
+        last = (str(error).strip().splitlines() or [""])[-1].replace(str(ROOT), ".")
+        result = {"passed": False, "error": f"{type(error).__name__}: {last}"}
     return {"shape": settings.shape, "rounds_run": settings.rounds} | result | {"took": time.perf_counter() - started}
 
 
 def _write_tables(files: list[Path]) -> int:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    update_page(ROOT / "docs" / "performance.md", records)
+    for page in (ROOT / "docs" / "performance.md", ROOT / "README.md"):
+        update_page(page, records)
     write_chart(ROOT / "docs" / "performance.svg", records)
     return 0
 

@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks.tables import TARGETS
+from benchmarks.tables import NAMES, TARGETS
 
-NAMES = {
-    "sft_lora": "SFT LoRA, tokens/s",
-    "sft_full": "SFT full, tokens/s",
-    "dpo_lora": "DPO LoRA, pairs/s",
-    "prepare": "preparation, rows/s",
-    "startup": "start-up, time",
-    "decode": "decoding one row, tokens/s",
-    "decode_batch": "decoding 8 rows, tokens/s",
-}
 OURS, THEIRS = "#2f6f9f", "#9aa3ab"
 
 

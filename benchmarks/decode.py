@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from measure import peak_bytes
+
 PROMPT_TOKENS = 64
 SHAPE = {
     "vocab_size": 151_936,
@@ -129,7 +131,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> dict:
     for batch in arguments.batch:
         rounds: dict[str, list[dict]] = {side: [] for side in workers}
         for number in range(arguments.rounds + 1):
-            for side, worker in workers.items():
+            for side, worker in list(workers.items())[:: 1 if number % 2 else -1]:
                 taken = worker.round(batch)
                 if number:  # the first round warms up
                     rounds[side].append(taken)
@@ -148,6 +150,7 @@ def summary(batch: int, new_tokens: int, rounds: dict[str, list[dict]]) -> dict:
             "lowest": min(values),
             "highest": max(values),
             "cpu_seconds": statistics.median(r["cpu_seconds"] for r in rounds[side]),
+            "peak": max(r["peak"] for r in rounds[side]),
         }
         for side, values in speeds.items()
     }
@@ -169,7 +172,8 @@ def work(arguments: argparse.Namespace) -> None:
         prompts = make_prompts(int(line))
         short, long = timed(answer, prompts, 1), timed(answer, prompts, arguments.new_tokens + 1)
         seconds, cpu = long[0] - short[0], long[1] - short[1]
-        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "tokens": long[2]}), flush=True)
+        taken = {"seconds": seconds, "cpu_seconds": cpu, "peak": peak_bytes(), "tokens": long[2]}
+        print(json.dumps(taken), flush=True)
 
 
 def make_prompts(batch: int) -> list[list[int]]:
@@ -204,7 +208,6 @@ def theirs(folder: Path) -> tuple[Callable, dict]:
     import torch
     import transformers
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.generation_config = transformers.GenerationConfig(pad_token_id=0)
 

@@ -128,24 +128,23 @@ def _whole(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in the two orders in which they are trained on, whole steps of `batch_size` rows.
+    """Whole steps of `batch_size` rows.
 
     Attributes:
         source: The data file they come from.
-        shuffled, grouped: JSONL files of the same rows: in random order, and with rows of like length in one batch,
-            the batches in random order (what transformers' `group_by_length` is for).
-        tokens: By file, tokens of each row that are not padding, up to the last one trained on; of a pair, the prompt
-            once and both responses.
-        targets: By file, supervised tokens of each row.
-        lengths: By file, token counts of the sequences of each row: [length], or [prompt, chosen, rejected].
+        path: JSONL file with rows of like length in one batch and the batches in random order, which is what
+            transformers' `group_by_length` is for: who pads, pads least so.
+        tokens: Tokens of each row that are not padding, up to the last one trained on; of a pair, the prompt once and
+            both responses.
+        targets: Supervised tokens of each row.
+        lengths: Token counts of the sequences of each row: [length], or [prompt, chosen, rejected].
     """
 
     source: str
-    shuffled: Path
-    grouped: Path
-    tokens: dict[Path, list[int]]
-    targets: dict[Path, list[int]]
-    lengths: dict[Path, list[list[int]]]
+    path: Path
+    tokens: list[int]
+    targets: list[int]
+    lengths: list[list[int]]
 
 
 def data_file(method: str) -> Path:
@@ -167,7 +166,7 @@ def load_rows(method: str) -> list[dict]:
 
 
 def make_rows(folder: Path, method: str, tokenizer: Tokenizer, *, steps: int, batch_size: int, seed: int = 0) -> Rows:
-    """Draw rows that fit into MAX_LENGTH, so that nothing is cut, and write them in both orders."""
+    """Draw rows that fit into MAX_LENGTH, so that nothing is cut, and write them."""
     rows = load_rows(method)
     random.Random(seed).shuffle(rows)
     lengths = _lengths(write_jsonl(folder / "all.jsonl", rows), method, tokenizer)
@@ -176,14 +175,13 @@ def make_rows(folder: Path, method: str, tokenizer: Tokenizer, *, steps: int, ba
     if not fitting:
         raise ValueError(f"{data_file(method)} has no row of fewer than {MAX_LENGTH} tokens")
     chosen = [fitting[i % len(fitting)] for i in range(count)]
-    order = {"shuffled": chosen, "grouped": grouped_by_length(chosen, [sum(p[:-1]) for p in lengths], batch_size, seed)}
-    files = {name: write_jsonl(folder / f"{name}.jsonl", [rows[i] for i in index]) for name, index in order.items()}
+    order = grouped_by_length(chosen, [sum(parts[:-1]) for parts in lengths], batch_size, seed)
     return Rows(
         source=data_file(method).name,
-        **files,
-        tokens={files[name]: [sum(lengths[i][:-1]) for i in index] for name, index in order.items()},
-        targets={files[name]: [lengths[i][-1] for i in index] for name, index in order.items()},
-        lengths={files[name]: [lengths[i][:-1] for i in index] for name, index in order.items()},
+        path=write_jsonl(folder / "rows.jsonl", [rows[i] for i in order]),
+        tokens=[sum(lengths[i][:-1]) for i in order],
+        targets=[lengths[i][-1] for i in order],
+        lengths=[lengths[i][:-1] for i in order],
     )
 
 

@@ -47,6 +47,16 @@ class Marked(Recorded):
         return made
 
 
+def settings_of(job: dict) -> dict:
+    """Those of the parity tests, with the optimizer that transformers takes when nothing is said."""
+    return training_arguments(job) | {"optim": "adamw_torch_fused"}
+
+
+def sft_settings(job: dict) -> dict:
+    """The same for SFTConfig."""
+    return settings_of(job) | {"completion_only_loss": True, "shuffle_dataset": False, "packing": False}
+
+
 def sft_trainer(job: dict):
     """SFTTrainer on prompts and completions."""
     from ref_trl_sft import as_completion
@@ -56,7 +66,7 @@ def sft_trainer(job: dict):
         pass
 
     tokenizer = load_tokenizer(job)
-    settings = training_arguments(job) | {"completion_only_loss": True, "shuffle_dataset": False, "packing": False}
+    settings = sft_settings(job)
     rows = Dataset.from_list([as_completion(row, tokenizer) for row in read_rows(job)])
     return MarkedSFTTrainer(
         model=load_model(job),
@@ -75,7 +85,7 @@ def dpo_trainer(job: dict):
         pass
 
     tokenizer = load_tokenizer(job)
-    settings = training_arguments(job) | {"beta": job["beta"], "loss_type": ["sigmoid"]}
+    settings = settings_of(job) | {"beta": job["beta"], "loss_type": ["sigmoid"]}
     rows = Dataset.from_list([as_text(row, tokenizer) for row in read_rows(job)])
     return MarkedDPOTrainer(
         model=load_model(job),
@@ -110,18 +120,24 @@ def prepare(job: dict) -> None:
     from trl import SFTConfig, SFTTrainer
 
     tokenizer, model = load_tokenizer(job), load_model(job)
-    processes = job["options"].get("dataset_num_proc")
+    options = dict(job["options"])
+    convert, extra = as_completion, {"tokenizer": tokenizer}
+    if options.pop("conversational", False):
+        convert, extra = as_messages, {}
     watch = Stopwatch()
     rows = load_dataset("json", data_files=job["rows"], split="train")
-    rows = rows.map(
-        as_completion, fn_kwargs={"tokenizer": tokenizer}, remove_columns=rows.column_names, num_proc=processes
-    )
-    settings = training_arguments(job) | {"completion_only_loss": True, "shuffle_dataset": False, "packing": False}
-    arguments = SFTConfig(**settings | job["options"])
+    processes = options.get("dataset_num_proc")
+    rows = rows.map(convert, fn_kwargs=extra, remove_columns=rows.column_names, num_proc=processes)
+    arguments = SFTConfig(**sft_settings(job) | options)
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
     spent = watch.read()
     targets = sum(sum(label != -100 for label in batch) for batch in trainer.train_dataset["labels"])
     _finish(job, spent=spent, rows=len(trainer.train_dataset), targets=targets)
+
+
+def as_messages(row: dict) -> dict:
+    """Prompt and completion of a row, as messages."""
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
 
 def _finish(job: dict, **answer) -> None:

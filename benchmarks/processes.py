@@ -42,12 +42,13 @@ def reference_python() -> str:
     return found
 
 
-def run_worker(side: str, job: dict) -> dict:
+def run_worker(side: str, job: dict, *, memory: bool = False) -> dict:
     """Run a job and return its answer.
 
     Args:
         side: ours or peer.
         job: What the worker reads. `output` is filled in.
+        memory: As for `run_process`.
 
     Returns:
         The answer, and `process`: wall and CPU seconds from start to end, children included, and the load average of
@@ -61,7 +62,7 @@ def run_worker(side: str, job: dict) -> dict:
         path = folder / "job.json"
         path.write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.ours"] if side == "ours" else [reference_python(), str(PEER)]
-        process = run_process([*command, str(path)], folder)
+        process = run_process([*command, str(path)], folder, memory=memory)
         return json.loads(Path(job["output"]).read_text(encoding="utf-8")) | {"process": process}
 
 
@@ -81,17 +82,19 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | caches
 
 
-def run_process(command: list[str], folder: Path, watch: Path | None = None) -> dict:
+def run_process(command: list[str], folder: Path, watch: Path | None = None, *, memory: bool = False) -> dict:
     """Run a command to its end.
 
     Args:
         command: Program and arguments.
         folder: Folder for its caches and for what it prints.
         watch: A JSONL file; the time until its first line is whole becomes `first`.
+        memory: Watch the memory of all its processes. Counting its pages costs a large process several percent of a
+            core, so only where there are several; one process notes its own peak (VmHWM) for nothing.
 
     Returns:
-        {"wall", "cpu", "load_before", "load_after"} and perhaps "first", seconds; "peak", the most memory in bytes that
-        it and its children were seen to have together, pages that several of them map counted once.
+        {"wall", "cpu", "load_before", "load_after"}, and where asked for "first", seconds, and "peak", the most memory
+        in bytes that it and its children were seen to have together, pages that several of them map counted once.
 
     Raises:
         WorkerError: it ended with another code than 0, or took longer than TIMEOUT.
@@ -102,7 +105,7 @@ def run_process(command: list[str], folder: Path, watch: Path | None = None) -> 
         process = subprocess.Popen(command, cwd=ROOT, env=environment(folder), stdout=errors, stderr=errors)
         try:
             first = _first_line(process, watch, started) if watch else None
-            status, usage, peak = _wait(process, started)
+            status, usage, peak = _wait(process, started, memory)
         finally:
             if process.returncode is None:
                 process.kill()
@@ -117,15 +120,14 @@ def run_process(command: list[str], folder: Path, watch: Path | None = None) -> 
         "cpu": usage.ru_utime + usage.ru_stime,
         "load_before": load,
         "load_after": os.getloadavg()[0],
-        "peak": peak,
     }
-    return times | ({"first": first} if watch else {})
+    return times | ({"first": first} if watch else {}) | ({"peak": peak} if memory else {})
 
 
-def _wait(process: subprocess.Popen, started: float):
+def _wait(process: subprocess.Popen, started: float, memory: bool):
     peak, sampled = 0, 0.0
     while time.perf_counter() - started < TIMEOUT:
-        if time.perf_counter() - sampled > _SAMPLE_SECONDS:
+        if memory and time.perf_counter() - sampled > _SAMPLE_SECONDS:
             peak, sampled = max(peak, tree_bytes(process.pid)), time.perf_counter()
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:

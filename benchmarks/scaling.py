@@ -53,7 +53,7 @@ def by_rows(work: Path, shape: str, largest: int) -> Points:
         path = numbered_rows(work / "rows" / f"{count}.jsonl", count)
         with scratch() as folder:
             recipe = write_recipe(folder / "recipe.yaml", job | {"rows": str(path)})
-            answer = run_worker("ours", job | {"task": "prepare", "recipe": str(recipe)})
+            answer = run_worker("ours", job | {"task": "prepare", "recipe": str(recipe)}, memory=True)
         path.unlink()
         yield _point(count, answer["spent"]["wall"], answer["spent"]["cpu"], answer["rows"], answer["process"]["peak"])
 
@@ -106,11 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", choices=SHAPES, default="6l")
     parser.add_argument("--largest", type=int, help="leave out larger sizes")
     parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "benchmarks")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date>-scaling.json")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date and time>-scaling.json")
     asked = parser.parse_args(arguments)
     if unknown := [name for name in asked.series if name not in SERIES]:
         parser.error(f"no such series: {', '.join(unknown)} (choose from {', '.join(SERIES)})")
-    output = asked.output or RESULTS / f"{datetime.now(timezone.utc):%Y-%m-%d}-scaling.json"
+    output = asked.output or RESULTS / f"{datetime.now(timezone.utc):%Y-%m-%d-%H%M}-scaling.json"
     record: dict = {"machine": machine(), "settings": {"shape": asked.shape, "steps": STEPS}, "scaling": {}}
     failed = False
     for name in asked.series or SERIES:

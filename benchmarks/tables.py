@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.figures import exponents, fitted_law
+from benchmarks.figures import WARM_UP, exponents, fitted_law
 
 # Issue 6: what each case is to reach, and the memory of those that it names.
 TARGETS = {
@@ -15,6 +15,15 @@ TARGETS = {
     "dpo_lora": ("at least", 2.0),
     "prepare": ("at least", 2.0),
     "startup": ("at most", 0.8),
+}
+NAMES = {
+    "sft_lora": "SFT LoRA, tokens/s",
+    "sft_full": "SFT full, tokens/s",
+    "dpo_lora": "DPO LoRA, pairs/s",
+    "prepare": "preparation, rows/s",
+    "startup": "start-up, time",
+    "decode": "decoding one row, tokens/s",
+    "decode_batch": "decoding 8 rows, tokens/s",
 }
 MEMORY_TARGETS = {"sft_lora": 0.6, "dpo_lora": 0.6}
 NOTHING = "not measured yet"
@@ -41,11 +50,22 @@ def conditions(records: Iterable[dict]) -> str:
         machine = record["machine"]
         loads = [a["process"]["load_before"] for case in record.get("cases", {}).values() for a in _answers(case)]
         load = f", load before each process at most {max(loads):.1f}" if loads else ""
+        what = ", ".join([*map(_extent, record.get("cases", {}).items()), *record.get("scaling", {})])
+        commit = f", commit {machine['commit']}" if machine.get("commit") else ""
         lines.append(
-            f"- {machine['date']}: {machine['processor']}, {machine['cores']} cores, {_gib(machine['memory'])}, "
-            f"Python {machine['python']}{load}; {_versions(record)}"
+            f"- {what}: {machine['date']}{commit}, {machine['processor']}, {machine['cores']} cores, "
+            f"{_gib(machine['memory'])}, Python {machine['python']}{load}; {_versions(record)}"
         )
     return "\n".join(lines) or NOTHING
+
+
+def _extent(named: tuple[str, dict]) -> str:
+    """A case and how much of it was run."""
+    name, case = named
+    rounds = case.get("rounds_run", case.get("settings", {}).get("rounds"))
+    steps = case.get("settings", {}).get("steps")
+    counted = f" x {steps - WARM_UP} counted steps" if steps else ""
+    return f"{name} ({rounds} rounds{counted})" if rounds else name
 
 
 def _answers(case: dict) -> list[dict]:
@@ -88,6 +108,34 @@ def _memory(name: str, case: dict) -> str:
         return ""
     limit = f" (at most {MEMORY_TARGETS[name]})" if name in MEMORY_TARGETS else ""
     return f"{case['memory_ratio']['median']:.2f}{limit}"
+
+
+def variant_table(records: Iterable[dict]) -> str:
+    """Every variant of TRL's run that was tried, with what we take of its time and memory."""
+    rows = {}
+    for record in records:
+        for name, case in record.get("cases", {}).items():
+            for variant, side in case.get("variants", {}).items():
+                times = case["ours"]["rate"]["median"] / side["rate"]["median"]
+                share = case["ours"]["peak"] / side["peak"]
+                rate = f"{_number(side['rate']['median'])} {case['unit']}"
+                rows[name, case["shape"], variant] = (
+                    name, case["shape"], variant, rate, _gib(side["peak"]), f"{times:.2f}", f"{share:.2f}"
+                )  # fmt: skip
+    return _markdown(("case", "model", "TRL's variant", "rate", "peak memory", "times", "memory"), list(rows.values()))
+
+
+def speed_table(records: Iterable[dict]) -> str:
+    """What the README says of speed: the medians, one line a case."""
+    rows = {}
+    for record in records:
+        for name, case in record.get("cases", {}).items():
+            if not case["passed"]:
+                continue
+            ratio, share = case["ratio"]["median"], case.get("memory_ratio", {}).get("median")
+            times = f"{1 / ratio if case['unit'] == 's' else ratio:.1f}"
+            rows[name, case["shape"]] = (NAMES[name], times, f"{share:.2f}" if share else "")
+    return _markdown(("", "times as fast", "of its memory"), list(rows.values()))
 
 
 # -- cost as work grows ----------------------------------------------------------------------------------------
@@ -156,8 +204,9 @@ def _table(name: str, records: Sequence[dict]) -> str:
     if name == "ratios":
         table = ratio_table(records)
         return table if table == NOTHING else f"![Times as fast as TRL](performance.svg)\n\n{table}"
-    if name == "conditions":
-        return conditions(records)
+    made = {"conditions": conditions, "variants": variant_table, "speed": speed_table}
+    if name in made:
+        return made[name](records)
     if name.startswith("growth_"):
         return growth_table(records, name.removeprefix("growth_"))
     raise ValueError(f"the page asks for a table {name!r}, which nobody makes")
@@ -171,6 +220,9 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _spread(values: dict) -> str:
+    """The median, and the range where there was more than one round."""
+    if values["min"] == values["max"]:
+        return f"{values['median']:.2f}"
     return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from benchmarks.figures import (
     CHECKED_STEPS,
     TOLERANCE,
-    WARM_UP,
     largest_difference,
     per_step,
     row_flops,
@@ -24,18 +23,18 @@ from finetune.chat.tokenizer import Tokenizer
 from finetune.model.adapters import LoraSettings
 
 BETA = 0.1
-# What each variant of TRL's run changes, and the order of rows that it is given. `defaults` recomputes activations, as
-# TRL does when nothing is said; the others do not, as we do not.
+# What each variant of TRL's run changes. `defaults` recomputes activations, as TRL does when nothing is said; the
+# others do not, as we do not.
 PEERS = {
     "sft": {
-        "defaults": ({"gradient_checkpointing": True}, "shuffled"),
-        "grouped": ({}, "grouped"),
-        "padding_free": ({"padding_free": True, "max_length": None}, "shuffled"),
+        "defaults": {"gradient_checkpointing": True},
+        "plain": {},
+        "padding_free": {"padding_free": True, "max_length": None},
     },
     "dpo": {
-        "defaults": ({"gradient_checkpointing": True}, "shuffled"),
-        "grouped": ({}, "grouped"),
-        "precomputed": ({"precompute_ref_log_probs": True}, "grouped"),
+        "defaults": {"gradient_checkpointing": True},
+        "plain": {},
+        "precomputed": {"precompute_ref_log_probs": True},
     },
 }
 
@@ -52,17 +51,14 @@ class Training:
     def __call__(self, name: str, settings: Settings) -> dict:
         """Run the case."""
         job, rows = self.job(settings)
-        runs = {
-            variant: self._peer(job, rows, options, order) for variant, (options, order) in PEERS[self.method].items()
+        runs = {variant: self._peer(job, rows, options) for variant, options in PEERS[self.method].items()}
+        sides, fastest = in_turn(
+            name, settings, self._ours(job, rows), runs, lambda a: a["rates"][f"{self.unit}_per_second"]
+        )
+        checks = {
+            variant: largest_difference(losses(sides.ours[0]), losses(answers[0]))
+            for variant, answers in sides.peers.items()
         }
-        ours = self._ours(job, rows.shuffled, rows)
-        sides, fastest = in_turn(name, settings, ours, runs, lambda a: a["rates"][f"{self.unit}_per_second"])
-        checks, mine = {}, {"shuffled": sides.ours[0]}
-        for variant, answers in sides.peers.items():
-            order = PEERS[self.method][variant][1]
-            if order not in mine:
-                mine[order] = self._ours(job | {"max_steps": CHECKED_STEPS}, rows.grouped, rows)()
-            checks[variant] = largest_difference(losses(mine[order]), losses(answers[0]))
         say(f"{name}: largest relative difference of the first {CHECKED_STEPS} losses {max(checks.values()):.1e}")
         result = self._result(settings, sides, fastest, rows)
         return result | {"loss_differences": checks, "passed": max(checks.values()) <= TOLERANCE}
@@ -79,36 +75,31 @@ class Training:
         rows = make_rows(folder, self.method, tokenizer, steps=settings.steps, batch_size=self.batch_size)
         return job, rows
 
-    def _ours(self, job: dict, order: Path, rows: Rows) -> Callable[[], dict]:
+    def _ours(self, job: dict, rows: Rows) -> Callable[[], dict]:
         def run() -> dict:
             with scratch() as folder:
-                recipe = write_recipe(folder / "recipe.yaml", job | {"rows": str(order)})
-                return self._rated(run_worker("ours", job | {"recipe": str(recipe)}), order, rows, job)
+                recipe = write_recipe(folder / "recipe.yaml", job | {"rows": str(rows.path)})
+                return self._rated(run_worker("ours", job | {"recipe": str(recipe)}), rows, job)
 
         return run
 
-    def _peer(self, job: dict, rows: Rows, options: dict, order: str) -> Callable[[], dict]:
-        path = getattr(rows, order)
-
+    def _peer(self, job: dict, rows: Rows, options: dict) -> Callable[[], dict]:
         def run() -> dict:
-            answer = run_worker("peer", job | {"rows": str(path), "options": options})
-            if answer.pop("tokens") != rows.tokens[path]:
+            answer = run_worker("peer", job | {"rows": str(rows.path), "options": options})
+            if answer.pop("tokens") != rows.tokens:
                 raise WorkerError("TRL made other tokens of these rows than we do")
-            return self._rated(answer, path, rows, job)
+            return self._rated(answer, rows, job)
 
         return run
 
-    def _rated(self, answer: dict, path: Path, rows: Rows, job: dict) -> dict:
-        """The answer with its rates; runs of the loss check are too short to have any."""
-        if len(answer["steps"]) <= max(WARM_UP, CHECKED_STEPS):
-            return answer
+    def _rated(self, answer: dict, rows: Rows, job: dict) -> dict:
+        """The answer with its rates."""
         shape = SHAPES[Path(job["model"]).name]
         flops = [
-            row_flops(shape, lengths, targets, lora=self.lora)
-            for lengths, targets in zip(rows.lengths[path], rows.targets[path])
+            row_flops(shape, lengths, targets, lora=self.lora) for lengths, targets in zip(rows.lengths, rows.targets)
         ]
         work = {
-            "tokens": rows.tokens[path],
+            "tokens": rows.tokens,
             "flops": flops,
             "pairs" if self.method == "dpo" else "rows": [1] * len(flops),
         }
@@ -136,13 +127,7 @@ class Training:
             "matmul_gflops": gflops,
             "ours": _side([m for m, _ in pairs], key, gflops),
             "peer": _side([o for _, o in pairs], key, gflops),
-            "variants": {
-                variant: {
-                    "rate": spread([a["rates"][key] for a in answers]),
-                    "peak": max(a["steps"][-1]["peak"] for a in answers),
-                }
-                for variant, answers in sides.peers.items()
-            },
+            "variants": {variant: _side(answers, key, gflops) for variant, answers in sides.peers.items()},
             "rounds": {"ours": sides.ours, "peers": sides.peers},
         }
 

@@ -16,7 +16,7 @@ from benchmarks.chart import bars, write_chart
 from benchmarks.figures import exponents, fitted_law, largest_difference, per_step, row_flops, spread, step_rates
 from benchmarks.rounds import Settings, in_turn
 from benchmarks.scaling import filled_rows
-from benchmarks.tables import plain_table, ratio_table, update_page
+from benchmarks.tables import conditions, plain_table, ratio_table, speed_table, update_page, variant_table
 from benchmarks.training import base_job, write_recipe
 from finetune.chat.tokenizer import Tokenizer
 from finetune.model.resolve import resolve_model
@@ -58,28 +58,25 @@ def test_a_fresh_adapter_changes_nothing_and_is_read_as_one(own_data, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_rows_are_the_same_in_both_orders_and_fit(own_data, tmp_path, method):
+def test_rows_fit_and_are_counted(own_data, tmp_path, method):
     tokenizer = Tokenizer.from_folder(folders.make_model(tmp_path / "model", SMALL))
     rows = folders.make_rows(tmp_path / "rows", method, tokenizer, steps=4, batch_size=3)
-    texts = [path.read_text(encoding="utf-8").splitlines() for path in (rows.shuffled, rows.grouped)]
-    assert len(texts[0]) == 12 and sorted(texts[0]) == sorted(texts[1])
-    for path in (rows.shuffled, rows.grouped):
-        assert [sum(parts) for parts in rows.lengths[path]] == rows.tokens[path]
-        assert all(
-            0 < targets < tokens < 2 * folders.MAX_LENGTH
-            for targets, tokens in zip(rows.targets[path], rows.tokens[path])
-        )
-        assert {len(parts) for parts in rows.lengths[path]} == ({1} if method == "sft" else {3})
+    assert len(rows.path.read_text(encoding="utf-8").splitlines()) == len(rows.tokens) == 12
+    assert [sum(parts) for parts in rows.lengths] == rows.tokens
+    assert all(0 < targets < tokens < 2 * folders.MAX_LENGTH for targets, tokens in zip(rows.targets, rows.tokens))
+    assert {len(parts) for parts in rows.lengths} == ({1} if method == "sft" else {3})
+    batches = [sorted(rows.tokens[at : at + 3]) for at in range(0, 12, 3)]
+    assert all(a[-1] <= b[0] for a, b in zip(sorted(batches), sorted(batches)[1:]))  # like lengths together
     again = folders.make_rows(tmp_path / "again", method, tokenizer, steps=4, batch_size=3)
-    assert again.shuffled.read_text(encoding="utf-8") == rows.shuffled.read_text(encoding="utf-8")
+    assert again.path.read_text(encoding="utf-8") == rows.path.read_text(encoding="utf-8")
 
 
 def test_token_counts_end_with_the_last_supervised_token(own_data, tmp_path):
     tokenizer = Tokenizer.from_folder(folders.make_model(tmp_path / "model", SMALL))
     rows = folders.make_rows(tmp_path / "rows", "sft", tokenizer, steps=1, batch_size=2)
-    messages = json.loads(rows.shuffled.read_text(encoding="utf-8").splitlines()[0])["messages"]
+    messages = json.loads(rows.path.read_text(encoding="utf-8").splitlines()[0])["messages"]
     text = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert rows.tokens[rows.shuffled][0] == len(tokenizer.encode(text.removesuffix("\n")))
+    assert rows.tokens[0] == len(tokenizer.encode(text.removesuffix("\n")))
 
 
 def test_numbered_rows_are_all_different(own_data, tmp_path):
@@ -192,7 +189,12 @@ def test_a_process_is_timed_to_its_first_line_and_its_end(tmp_path):
     watch = tmp_path / "lines"
     code = f"open({str(watch)!r}, 'w').write('first\\n')"
     found = processes.run_process([sys.executable, "-c", code], tmp_path, watch)
-    assert 0 < found["first"] <= found["wall"] and found["cpu"] > 0
+    assert 0 < found["first"] <= found["wall"] and found["cpu"] > 0 and "peak" not in found
+
+
+def test_memory_is_watched_where_asked_for(tmp_path):
+    code = "import time; held = b'x' * 2**26; time.sleep(1)"
+    assert processes.run_process([sys.executable, "-c", code], tmp_path, memory=True)["peak"] > 2**26
 
 
 def test_a_failing_process_says_what_it_printed(tmp_path):
@@ -209,7 +211,7 @@ def test_our_worker_notes_each_step_and_the_reference_pass(own_data, tmp_path):
     model = folders.make_model(tmp_path / "model", SMALL)
     adapter = folders.make_adapter(tmp_path / "adapter", model, SMALL)
     rows = folders.make_rows(tmp_path / "rows", "dpo", Tokenizer.from_folder(model), steps=3, batch_size=2)
-    job = base_job("dpo", model, steps=3, batch_size=2) | {"adapter": str(adapter), "rows": str(rows.shuffled)}
+    job = base_job("dpo", model, steps=3, batch_size=2) | {"adapter": str(adapter), "rows": str(rows.path)}
     answer = processes.run_worker("ours", job | {"recipe": str(write_recipe(tmp_path / "recipe.yaml", job))})
     assert [step["step"] for step in answer["steps"]] == [1, 2, 3]
     assert answer["steps"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
@@ -233,7 +235,10 @@ def record() -> dict:
         "ratio": spread([2.0, 1.8, 2.2]),
         "cpu_ratio": spread([1.0]),
         "memory_ratio": spread([0.5]),
-        "peer_variant": "grouped",
+        "peer_variant": "plain",
+        "variants": {"plain": side | {"peak": 2 * GIB}, "defaults": side | {"rate": spread([55.0]), "peak": 4 * GIB}},
+        "settings": {"steps": 8},
+        "rounds_run": 3,
         "ours": side,
         "peer": side | {"peak": 2 * GIB},
         "rounds": {"ours": [{"process": {"load_before": 0.7}}], "peers": {}},
@@ -255,6 +260,15 @@ def test_tables_hold_figures_and_failures():
     assert "2.00 (1.80 to 2.20)" in text and "at least 1.5" in text and "1.00 GiB / 2.00 GiB" in text
     assert "failed: WorkerError: no" in text
     assert ratio_table([record(), record()]).count("sft_lora") == 1
+    assert "| sft_lora | 6l | defaults | 55 tokens/s | 4.00 GiB | 2.00 | 0.25 |" in variant_table([record()])
+    assert "| SFT LoRA, tokens/s | 2.0 | 0.50 |" in speed_table([record()])
+    assert "sft_lora (3 rounds x 6 counted steps), broken, length: 2026-01-01" in conditions([record()])
+
+
+def test_one_round_has_no_range():
+    once = record()
+    once["cases"]["sft_lora"]["ratio"] = spread([2.0])
+    assert "2.00  " in plain_table(once) and "2.00 (" not in plain_table(once)
 
 
 def test_a_case_with_other_losses_is_shown_as_failed():

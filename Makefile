@@ -8,7 +8,7 @@ REFERENCE_READY := $(REFERENCE)/.ready
 # Another one: make demo PYTHON=/path/to/python3.12
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.10 python3)
-IS_USABLE := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info < (3, 13))
+IS_USABLE = import ensurepip, sys, venv; sys.exit(not (3, $(1)) <= sys.version_info < (3, 13))
 PIP := -m pip install --disable-pip-version-check --no-input --use-pep517
 
 .DEFAULT_GOAL := help
@@ -55,14 +55,14 @@ clean:
 	rm -rf $(VENV) $(REFERENCE) build dist *.egg-info .hypothesis
 	find finetune tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# $(1) folder, $(2) what pip installs. pip's output goes to a file, shown if it fails.
+# $(1) folder, $(2) what pip installs, $(3) least Python, 3.x. pip's output goes to a file, shown if it fails.
 define environment
 	@set -e; python=''; \
 	for candidate in $(CANDIDATES); do \
-	    if "$$candidate" -c '$(IS_USABLE)' 2>/dev/null; then python="$$candidate"; break; fi; \
+	    if "$$candidate" -c '$(call IS_USABLE,$(3))' 2>/dev/null; then python="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo 'Python 3.10, 3.11 or 3.12 with its venv module is needed; none of these is one: $(CANDIDATES)' >&2; \
+	    echo 'Python 3.$(3) to 3.12 with its venv module is needed; none of these is one: $(CANDIDATES)' >&2; \
 	    echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name one:' >&2; \
 	    echo 'make PYTHON=/path/to/python3.11' >&2; \
 	    exit 2; \
@@ -79,9 +79,9 @@ define environment
 endef
 
 $(READY): pyproject.toml constraints.txt
-	$(call environment,$(VENV),-c constraints.txt -e '.[cpu$(comma)dev]')
+	$(call environment,$(VENV),-c constraints.txt -e '.[cpu$(comma)dev]',10)
 
 $(REFERENCE_READY): tests/parity/requirements.txt
-	$(call environment,$(REFERENCE),-r tests/parity/requirements.txt)
+	$(call environment,$(REFERENCE),-r tests/parity/requirements.txt,11)
 
 comma := ,

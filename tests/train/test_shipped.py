@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import shipped_recipes
+from finetune.train.estimate import estimate
 from tests.runs import finetune, steps
 
 NAMES = [name for name in shipped_recipes() if not name.startswith("quickstart")]
@@ -25,3 +28,30 @@ def test_two_steps(name, tmp_path, tiny_folder):
     assert [row["step"] for row in steps(tmp_path / "run")] == [1, 2]
     adapter = load_recipe(name).lora is not None
     assert (tmp_path / "run" / "final" / "adapter_config.json").exists() == adapter
+
+
+# hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied: config.json of each size
+SIZES = {
+    "0.5b": (896, 4864, 24, 14, 2, 151_936, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151_936, True),
+    "7b": (3584, 18_944, 28, 28, 4, 152_064, False),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_in_the_header_is_the_estimate(name):
+    hidden, ffn, layers, heads, kv, vocabulary, tied = SIZES[name.split("-")[1].split("_")[0]]
+    config = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}
+    config |= {"num_attention_heads": heads, "num_key_value_heads": kv, "tie_word_embeddings": tied}
+    header = " ".join(line.strip("# ") for line in shipped_recipes()[name].read_text().splitlines() if "#" in line[:1])
+    recipe = load_recipe(name)
+    span = recipe.data.max_length * (2 if recipe.method == "dpo" else 1)
+    tokens = span * recipe.training.per_device_train_batch_size
+    gpu = int(re.search(r"About (\d+) GB together", header)[1])
+    asked = [("bfloat16", gpu)]
+    if cpu := re.search(r"On CPU \(float32\) about (\d+) GB", header):
+        asked.append(("float32", int(cpu[1])))
+    for dtype, told in asked:
+        found = estimate(recipe, config, dtype=dtype, tokens_per_micro_batch=tokens, length=span).total / 1e9
+        assert abs(found - told) <= 0.5 + 0.02 * found, f"{dtype}: {told} GB in the header, {found:.1f} estimated"
+    assert gpu < int(re.search(r"one GPU of (\d+) GB", header)[1])

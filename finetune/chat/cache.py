@@ -20,10 +20,10 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -37,9 +37,9 @@ _CHUNK = 1 << 20
 def cache_folder() -> Path:
     """Where entries lie; it need not be there yet."""
     if named := os.environ.get("FINETUNE_CACHE"):
-        return Path(named).expanduser() / "rows"
+        return Path(os.path.expanduser(named)) / "rows"
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "paddle-finetune" / "rows"
+    return Path(os.path.expanduser(base)) / "paddle-finetune" / "rows"
 
 
 def digest(value: Any) -> str:
@@ -159,13 +159,27 @@ def locked(root: Path, key: str, on_wait) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / f"{key}.lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            on_wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    path, waited = root / f"{key}.lock", False
+    while True:
+        with open(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not waited:
+                    on_wait()
+                waited = True
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _is_at(file, path):
+                yield
+                return
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether a path still leads to an open file: whoever had its lock before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def sweep(root: Path, keep: str, limit: int = MAX_BYTES) -> None:
@@ -175,11 +189,18 @@ def sweep(root: Path, keep: str, limit: int = MAX_BYTES) -> None:
         keep: The key of an entry that stays.
     """
     entries = []
-    for path in root.iterdir():
-        if path.name.endswith(".partial"):
-            _remove_unless_locked(root, path, path.name[1:].removesuffix(".partial"))
-        elif path.is_dir():
-            entries.append((path.stat().st_mtime, path, sum(file.stat().st_size for file in path.iterdir())))
+    try:
+        names = os.listdir(root)
+    except OSError:
+        return  # the folder itself was removed
+    for name in names:
+        path = root / name
+        if name.endswith(".partial"):
+            _remove_unless_locked(root, path, name[1:].removesuffix(".partial"))
+            continue
+        with suppress(OSError):  # another process removed it meanwhile, or it is no folder
+            size = sum((path / file).stat().st_size for file in os.listdir(path))
+            entries.append((path.stat().st_mtime, path, size))
     total = sum(size for _, _, size in entries)
     for _, path, size in sorted(entries):
         if total <= limit:
@@ -190,11 +211,13 @@ def sweep(root: Path, keep: str, limit: int = MAX_BYTES) -> None:
 
 
 def _remove_unless_locked(root: Path, folder: Path, key: str) -> None:
+    path = root / f"{key}.lock"
     try:
-        with open(root / f"{key}.lock", "a") as file:
+        with open(path, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.unlink(root / f"{key}.lock")
+            if _is_at(file, path):
+                shutil.rmtree(folder, ignore_errors=True)
+                os.unlink(path)
     except OSError:
         pass  # in the making, or not ours
 

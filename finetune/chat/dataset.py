@@ -33,7 +33,6 @@ LARGE_BYTES = 8 * 2**20
 Starting those takes about a second, in which this process tokenizes some 2 MB.
 """
 
-_PACKED = 4
 # Room that an entry takes, over the bytes of its files: 4 bytes a token, about as many characters.
 _ROOM = 1.5
 Progress = Callable[[int, "int | None"], None]
@@ -135,7 +134,8 @@ def build_dataset(
             for `overlong: error` are named where nothing else is wrong. Or no row is left.
     """
     settings, progress = Settings.of(data, method), progress or (lambda rows, total: None)
-    inputs = _Inputs(sources, base)
+    # By what the list is: equal sources may stand in both.
+    inputs = _Inputs(sources, base, "data.eval" if sources is getattr(data, "eval", None) else "data.train")
     if limit is None and inputs.size >= LARGE_BYTES:
         return _Large(inputs, tokenizer, settings, progress).build()
     merged, encoder = _Merger(inputs, settings), Encoder(tokenizer, settings)
@@ -165,14 +165,17 @@ class _Inputs:
     Attributes:
         files: In the order read, over all sources.
         size: Bytes of all, see `input_size`.
+
+    Args:
+        section: The recipe key of the sources, for messages.
     """
 
-    def __init__(self, sources: Sequence[Source], base: Path | None):
+    def __init__(self, sources: Sequence[Source], base: Path | None, section: str):
         self.sources = sources
         self.found: list[list[DataFile] | DataError] = []
-        for source in sources:
+        for number, source in enumerate(sources):
             try:
-                self.found.append(find_files(source, base))
+                self.found.append(find_files(source, base, f"{section}[{number}].path"))
             except DataError as error:  # the other sources are still checked
                 self.found.append(error)
         self.files = [file for found in self.found if isinstance(found, list) for file in found]
@@ -206,8 +209,7 @@ def input_size(file: DataFile) -> int:
     """Bytes of text in a file, guessed where it is compressed."""
     if file.path is None:
         return LARGE_BYTES  # not known before it is loaded
-    packed = file.path.name.lower().endswith((".gz", ".parquet"))
-    return file.path.stat().st_size * (_PACKED if packed else 1)
+    return file.text_bytes()
 
 
 class _Merger:

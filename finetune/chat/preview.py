@@ -21,6 +21,8 @@ SEEN = "dim"
 OPEN, CLOSE = "⟦", "⟧"
 # Control characters of the data must not reach the terminal; their pictures do (U+2400 and on).
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+# These have no pictures, and some terminals obey them too (U+009B is ESC [).
+_PICTURES |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 
 
 def preview(recipe: Any, n: int | None = 3, as_json: bool = False, base: Path | None = None) -> None:

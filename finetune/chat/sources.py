@@ -19,7 +19,9 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,8 +34,18 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Written beside the rows by `datasets.save_to_disk`; they describe the rows and are none.
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
-# csv knows only text; these columns hold lists or objects as JSON.
-_JSON_COLUMNS = ("messages", "conversations", "tools", "history", "prompt", "chosen", "rejected")
+# What a file or folder is named after, and the split it is then of, as `datasets` has it.
+_SPLIT_WORDS = {word: "train" for word in ("train", "training")}
+_SPLIT_WORDS |= {word: "test" for word in ("test", "testing", "eval", "evaluation")}
+_SPLIT_WORDS |= {word: "validation" for word in ("validation", "valid", "val", "dev")}
+_SPLIT_WORD = re.compile(rf"({'|'.join(_SPLIT_WORDS)})(?![A-Za-z])")
+# The hub's own file names hold the whole name of a split: train_prefs-00000-of-00001.parquet.
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
+# csv knows only text; these columns hold lists or objects as JSON, and those of answers a text or messages.
+_JSON_COLUMNS = ("messages", "conversations", "tools", "history")
+_ANSWER_COLUMNS = ("prompt", "chosen", "rejected")
+# Bytes of text in a byte of a compressed file, about.
+_PACKED = 4
 
 # Bytes of text in a block, as read; rows in a block of an Arrow file.
 BLOCK_BYTES = 1 << 20
@@ -68,13 +80,20 @@ class DataFile:
     split: str | None = None
 
     def sha256(self) -> str | None:
-        """Hash of the file's bytes, hex; None for the hub, whose own cache keys the data."""
+        """Hash of the file's bytes, hex; None for the hub, whose own cache keys the data.
+
+        Raises:
+            DataError: it cannot be read.
+        """
         if self.path is None:
             return None
         digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        try:
+            with self.path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise _unreadable(error, self.name) from error
         return digest.hexdigest()
 
     def state(self) -> tuple[int, int] | None:
@@ -88,35 +107,60 @@ class DataFile:
         try:
             found = self.path.stat()
         except OSError as error:
-            raise DataError(f"the file cannot be read: {error}", where=self.name) from error
+            raise _unreadable(error, self.name) from error
         return found.st_size, found.st_mtime_ns
 
+    def text_bytes(self) -> int | None:
+        """Bytes of text in the file, guessed where it is compressed; None for the hub.
 
-def find_files(source: Source, base: Path | None = None) -> list[DataFile]:
+        Raises:
+            DataError: it is no longer there.
+        """
+        if self.path is None:
+            return None
+        packed = self.path.name.lower().endswith((".gz", ".parquet"))
+        return self.state()[0] * (_PACKED if packed else 1)
+
+
+def _unreadable(error: Exception, name: str) -> DataError:
+    return DataError(f"the file cannot be read: {error}", where=name)
+
+
+def find_files(source: Source, base: Path | None = None, key: str = "data") -> list[DataFile]:
     """The files a source names, in order of name.
 
     Args:
-        source: Its path is a file, a folder (all data files below it), a glob, or a hub id `owner/name`.
+        source: Its path is a file, a folder (the data files below it, of its split), a glob, or a hub id `owner/name`.
         base: Where a relative path is looked for if the current folder does not have it: the recipe's folder.
+        key: The recipe key that holds the path, for messages.
 
     Raises:
         DataError: nothing is there, or a file is of no known kind; names the nearest existing file.
     """
-    given = Path(source.path).expanduser()
+    try:
+        return _find(source, base, key)
+    except OSError as error:  # a name that is too long, a folder that must not be looked into
+        raise DataError(f"{source.path} cannot be read: {error.strerror}", where=key) from error
+
+
+def _find(source: Source, base: Path | None, key: str) -> list[DataFile]:
+    given = Path(os.path.expanduser(source.path))
     for place in [given] if base is None or given.is_absolute() else [given, base / given]:
+        files: list[Path] = []
         if place.is_file():
             _check_suffix(place)
-            return [DataFile(str(place), place)]
-        if place.is_dir():
-            return _files_of_folder(place, source.split)
-        if any(sign in source.path for sign in "*?["):
+            files = _named_after([place], source.split, place)
+        elif place.is_dir():
+            files = _files_of_folder(place, source.split)
+        elif any(sign in source.path for sign in "*?["):
             matches = [Path(match) for match in sorted(glob.glob(str(place), recursive=True))]
             files = [match for match in matches if match.is_file() and _is_data(match)]
-            if files:
-                return [DataFile(str(path), path) for path in files]
+            files = _named_after(files, source.split, place) if files else []
+        if files:
+            return [DataFile(str(path), path) for path in files]
     if _HUB_ID.fullmatch(source.path) and _suffix(given) is None and not given.parent.is_dir():
         return [DataFile(source.path, None, source.split)]
-    raise DataError(f"there is no file {source.path}", where="data", fix=_nearest(given, base))
+    raise DataError(f"there is no file {source.path}", where=key, fix=_nearest(given, base))
 
 
 @dataclass(frozen=True)
@@ -129,7 +173,7 @@ class Block:
         kind: What `content` is: "lines" of JSON (bytes), the text of a JSON "array", "csv" (the header and the rows as
             lists), an "arrow" stream (bytes), or "rows" as they are.
         content: As `kind` says.
-        size: About how many bytes of its file it is; 0 where that cannot be told.
+        size: About how many of its file's `text_bytes` it is; 0 where that cannot be told.
     """
 
     first: int
@@ -193,8 +237,8 @@ def read_blocks(file: DataFile, size: int = BLOCK_BYTES) -> Iterator[Block]:
             if block.count:
                 empty = False
                 yield block
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"the file cannot be read: {error}", where=file.name) from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(error, file.name) from error
     if empty:
         raise DataError("the file has no rows", where=file.name, fix="Give at least one row.")
 
@@ -222,17 +266,95 @@ def _is_data(path: Path) -> bool:
     return _suffix(path) is not None and path.name not in _NOT_ROWS and not path.name.startswith(".")
 
 
-def _files_of_folder(folder: Path, split: str) -> list[DataFile]:
+def _files_of_folder(folder: Path, split: str) -> list[Path]:
     # A `datasets` folder of several splits holds one folder for each.
     if (folder / "dataset_dict.json").is_file():
         if not (folder / split).is_dir():
             splits = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
             raise DataError(f"there is no split {split!r}", where=str(folder), fix=f"It has {', '.join(splits)}.")
-        folder = folder / split
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and _is_data(path))
+        return _files_below(folder / split)
+    return _of_split(_files_below(folder), folder, split)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All data files but hidden ones, those in hidden folders, and what `datasets` caches beside the rows it saved."""
+    below = [(path, path.relative_to(folder).parts) for path in sorted(folder.rglob("*"))]
+    files = [path for path, parts in below if _is_data(path) and not any(part.startswith(".") for part in parts)]
+    saved = {parent: _saved_files(parent) for parent in {path.parent for path in files}}
+    files = [path for path in files if path.is_file() and ((own := saved[path.parent]) is None or path.name in own)]
     if not files:
         raise DataError("no data file in this folder", where=str(folder), fix=f"Known are {', '.join(SUFFIXES)}.")
-    return [DataFile(str(path), path) for path in files]
+    return files
+
+
+def _saved_files(folder: Path) -> list[str] | None:
+    """The names of the files that `datasets.save_to_disk` wrote into a folder; None where it did not.
+
+    Raises:
+        DataError: one of them is missing.
+    """
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [Path(file["filename"]).name for file in state["_data_files"]]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # nothing there, or a state of something else
+    for name in names:
+        if not (folder / name).is_file():
+            raise DataError(
+                f"{name}, which state.json names, is missing", where=str(folder), fix="Save the rows again."
+            )
+    return names
+
+
+def _of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
+    """The files of a folder that are named after a split, themselves or by a folder on the way.
+
+    Where they are not named after `train` and another split, all are of `train`.
+    """
+    names = {path: path.relative_to(folder) for path in files}
+    splits = {name for name in map(_split_of, names.values()) if name}
+    if split == "train" and len({name.startswith("train") for name in splits}) < 2:
+        return files
+    chosen = [path for path, name in names.items() if _is_of(name, split)]
+    if not chosen:
+        fix = "Its files are not named after splits: leave split out."
+        if splits:
+            fix = f"Its files are named after {', '.join(sorted(splits))}: give one of these as split, or give a glob."
+        raise DataError(f"there is no split {split!r}", where=str(folder), fix=fix)
+    return chosen
+
+
+def _named_after(files: list[Path], split: str, place: Path) -> list[Path]:
+    """Files that were named one by one or by a glob: all for `train`, else those whose own names have the split."""
+    chosen = [path for path in files if split == "train" or _is_of(Path(path.name), split)]
+    if not chosen:
+        raise DataError(f"no file of split {split!r}: files have no splits", where=str(place), fix="Leave split out.")
+    return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file is named after, or else the nearest of its folders.
+
+    >>> [_split_of(Path(name)) for name in ("train_a.csv", "dev/1.csv", "test_sft-00000-of-00001.parquet", "tests.csv")]
+    ['train', 'validation', 'test_sft', None]
+    """
+    return next(filter(None, map(_split_in, reversed(path.parts))), None)
+
+
+def _split_in(name: str) -> str | None:
+    word, shard = _SPLIT_WORD.match(name), _SHARD.match(name)
+    if word is None:
+        return None
+    return _SPLIT_WORDS.get(shard[1], shard[1]) if shard else _SPLIT_WORDS[word[1]]
+
+
+def _is_of(path: Path, split: str) -> bool:
+    for part in reversed(path.parts):
+        if part == split or part.startswith((f"{split}-", f"{split}.")):
+            return True
+        if named := _split_in(part):
+            return named == split
+    return False
 
 
 def _nearest(given: Path, base: Path | None) -> str:
@@ -319,7 +441,7 @@ def _read_whole_json(content: bytes, file: DataFile, size: int) -> Iterator[Bloc
         )
     for start in range(0, len(value), BLOCK_ROWS):
         rows = value[start : start + BLOCK_ROWS]
-        yield Block(start + 1, len(rows), "rows", rows)
+        yield Block(start + 1, len(rows), "rows", rows, len(content) * len(rows) // len(value))
 
 
 class _Rest(io.RawIOBase):
@@ -541,42 +663,58 @@ def _csv_row(row: list[str], columns: list[str], name: str) -> dict | Fault:
         return Fault(
             f"{len(row)} fields where the header has {len(columns)}", name, "Quote fields that contain commas."
         )
-    return {key: _csv_value(key, value) for key, value in zip(columns, row)}
+    # A cell cannot be left out as a key can: where it would hold a list or an object, an empty one is none.
+    cells = [(key, value) for key, value in zip(columns, row) if value or key not in _JSON_COLUMNS]
+    return {key: _csv_value(key, value) for key, value in cells}
 
 
-def _csv_value(column: str, value: str) -> Any:
-    if column in _JSON_COLUMNS and value[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            return value  # a text that begins with a bracket; where a list is needed, the row check says so
-    return value
+def _csv_value(column: str, text: str) -> Any:
+    if column not in _JSON_COLUMNS + _ANSWER_COLUMNS or text[:1] not in ("[", "{"):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # it begins with a bracket; where a list is needed, the row check says so
+    # An answer may be JSON itself.
+    return text if column in _ANSWER_COLUMNS and not _is_said(value) else value
+
+
+def _is_said(value: Any) -> bool:
+    """Whether a value is a message, or a list of messages that is not empty."""
+    messages = value if isinstance(value, list) else [value]
+    return bool(messages) and all(isinstance(m, dict) and ("role" in m or "from" in m) for m in messages)
 
 
 def _read_parquet(file: DataFile, size: int) -> Iterator[Block]:
     import pyarrow.parquet
 
     with _arrow_faults(file), pyarrow.parquet.ParquetFile(file.path) as table:
-        yield from _arrow_blocks(table.iter_batches(batch_size=BLOCK_ROWS))
+        yield from _arrow_blocks(table.iter_batches(batch_size=BLOCK_ROWS), file, table.metadata.num_rows)
 
 
 def _read_arrow(file: DataFile, size: int) -> Iterator[Block]:
     import pyarrow
 
     with _arrow_faults(file), pyarrow.memory_map(str(file.path)) as stream:
-        try:
-            reader = pyarrow.ipc.open_stream(stream)  # as `datasets` writes
-            batches = iter(reader)
-        except pyarrow.ArrowInvalid:
-            reader = pyarrow.ipc.open_file(stream)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        yield from _arrow_blocks(batches)
+        rows = sum(batch.num_rows for batch in _record_batches(stream))
+        yield from _arrow_blocks(_record_batches(stream), file, rows)
 
 
-def _arrow_blocks(batches: Iterator[Any]) -> Iterator[Block]:
+def _record_batches(stream: Any) -> Iterator[Any]:
     import pyarrow
 
-    number = 1
+    stream.seek(0)
+    try:
+        return iter(pyarrow.ipc.open_stream(stream))  # as `datasets` writes
+    except pyarrow.ArrowInvalid:
+        reader = pyarrow.ipc.open_file(stream)
+        return (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+
+def _arrow_blocks(batches: Iterator[Any], file: DataFile, rows: int) -> Iterator[Block]:
+    import pyarrow
+
+    number, size = 1, file.text_bytes()
     for batch in batches:
         batch.validate(full=True)  # lengths and offsets are taken on trust otherwise
         for start in range(0, batch.num_rows, BLOCK_ROWS):
@@ -584,7 +722,8 @@ def _arrow_blocks(batches: Iterator[Any]) -> Iterator[Block]:
             sink = pyarrow.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, part.schema) as writer:
                 writer.write_batch(part)
-            yield Block(number, part.num_rows, "arrow", sink.getvalue().to_pybytes())
+            share = size * part.num_rows // rows
+            yield Block(number, part.num_rows, "arrow", sink.getvalue().to_pybytes(), share)
             number += part.num_rows
 
 

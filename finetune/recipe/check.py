@@ -124,6 +124,8 @@ def _expected(schema: dict[str, Any]) -> str:
     >>> _expected({"type": "integer", "minimum": 1, "maximum": 8, "unit": "rows"})
     'a whole number from 1 to 8 (rows)'
     """
+    if "takes" in schema:
+        return schema["takes"]
     if "$ref" in schema:
         return f"a section with the keys {', '.join(_open(schema)['properties'])}"
     if "anyOf" in schema:
@@ -176,7 +178,8 @@ def _explain(path: Path, kind: str, tree: dict[str, Any]) -> Finding:
     found = show_value(value)
     if isinstance(value, str) and _takes(schema, "integer", "number"):
         found = f"the text {found}"
-    if isinstance(value, (bool, int, float)) and _takes(schema, "string") and not _takes(schema, "integer", "number"):
+    numeric = isinstance(value, (bool, int, float)) and not _takes(schema, "integer", "number")
+    if numeric and _takes(schema, "string") and "takes" not in schema:
         right += ", in quotes where YAML would read it as something else"
     return Finding(path, f"{name} is {found}", f"It must be {right}." + (f" Did you mean {near}?" if near else ""))
 

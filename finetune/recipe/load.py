@@ -44,12 +44,11 @@ def load_recipe(path: str | File, overrides: Sequence[str] = ()) -> Recipe:
     if tree.value is None:
         raise RecipeError("the recipe is empty", where=str(file), fix="`finetune recipes list` names complete ones.")
     value = tree.value
-    findings = _empty_sections(value)
     argument_of, override_faults = apply_overrides(value, overrides)
-    _wrap_sources(value)
+    findings = _empty_sections(value)
     _settle(value, file)
     recipe, found = check_tree(value)
-    findings = [f for f in findings if not any(path[:1] == f.path for path in argument_of)] + found
+    findings += found
     lines = {path: line for path, line in tree.lines.items() if not any(path[: len(a)] == a for a in argument_of)}
     faults += override_faults + _place_findings(findings, file, lines, argument_of)
     if faults or recipe is None:
@@ -142,19 +141,6 @@ def _empty_sections(value: dict[str, Any]) -> list[Finding]:
         for name in ("lora", "dpo")
         if name in value and value[name] is None
     ]
-
-
-def _wrap_sources(value: dict[str, Any]) -> None:
-    """Let `data.train` and `data.eval` be one path, one source or a list of paths too."""
-    data = value.get("data")
-    if not isinstance(data, dict):
-        return
-    for name in ("train", "eval"):
-        sources = data.get(name)
-        if isinstance(sources, (str, dict)) and sources:
-            sources = [sources]
-        if isinstance(sources, list):
-            data[name] = [{"path": source} if isinstance(source, str) else source for source in sources]
 
 
 def _settle(value: dict[str, Any], file: File) -> None:

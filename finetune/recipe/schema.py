@@ -74,7 +74,7 @@ class Source(Section):
     Attributes:
         path: File, folder, glob or hub id.
         format: The rows' form; `auto` looks at the keys of each row.
-        split: Split of a hub dataset; files have no splits.
+        split: Split of a hub dataset or a saved one, or what files of a folder are named after.
         samples: Take this many rows, the first ones; None takes all.
     """
 
@@ -138,7 +138,9 @@ class TrainingSection(Section):
     early_stopping_patience: Annotated[Count | None, Field(json_schema_extra=unit("evaluations"))] = None
     shuffle: bool = True
     recompute: bool = False
-    resume_from_checkpoint: Text = "auto"
+    resume_from_checkpoint: Annotated[
+        Text, Field(json_schema_extra={"takes": "auto, never, or a checkpoint folder"})
+    ] = "auto"
 
     @model_validator(mode="before")
     @classmethod

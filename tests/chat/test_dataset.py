@@ -181,6 +181,25 @@ def test_missing_files_do_not_hide_other_faults(tokenizer, write):
     ] == [True] * 2
 
 
+def test_missing_files_name_their_recipe_key(tokenizer, write):
+    data = Settings()
+    data.train = [From(write("a.jsonl", lines(chat("q", "a")))), From("missing")]
+    data.eval = [From("missing")]
+    for sources, key in ((data.train, "data.train[1].path"), (data.eval, "data.eval[0].path")):
+        with pytest.raises(DataError, match="there is no file missing") as caught:
+            build_dataset(sources, tokenizer, data=data, method="sft")
+        assert [fault.where for fault in caught.value.faults] == [key]
+
+
+def test_csv_rows_with_empty_cells_and_answers_that_are_json(tokenizer, write):
+    path = write("a.csv", 'instruction,output,history\nq,a,\nq,b,"[[""r"", ""s""]]"\n')
+    assert [row.num_supervised for row in build(tokenizer, path)[0]] == [2, 4]
+    answers = 'prompt,chosen,rejected\nq,"{""capital"": ""Rome""}",[]\n'
+    dataset, _ = build(tokenizer, write("b.csv", answers), method="dpo")
+    assert marked(tokenizer, dataset[0].chosen).endswith('⟦{"capital": "Rome"}<|im_end|>⟧\n')
+    assert marked(tokenizer, dataset[0].rejected).endswith("⟦[]<|im_end|>⟧\n")
+
+
 def test_ten_faults_and_the_total(tokenizer, write):
     with pytest.raises(DataError) as caught:
         build(tokenizer, write("a.jsonl", "[]\n" * 1500))

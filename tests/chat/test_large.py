@@ -286,6 +286,73 @@ def test_one_process_makes_an_entry_and_others_wait_for_it(tokenizer, write, mon
     assert found == [first] and "Opened 50 rows" in said_lines[-1]
 
 
+def in_thread(function) -> threading.Thread:
+    thread = threading.Thread(target=function)
+    thread.start()
+    return thread
+
+
+def test_a_lock_file_that_was_removed_is_no_lock(tmp_path):
+    """Two processes would otherwise hold the lock of an entry, one of a file that is gone."""
+    waiting, inside = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with cache.locked(tmp_path, "k", waiting.set):
+            inside.set()
+
+    with cache.locked(tmp_path, "k", lambda: None):
+        thread = in_thread(wait)
+        assert waiting.wait(60)
+        (tmp_path / "k.lock").unlink()  # as `sweep` does, with the lock
+        second = open(tmp_path / "k.lock", "a")
+        cache.fcntl.flock(second, cache.fcntl.LOCK_EX)
+    assert not inside.wait(0.3)
+    second.close()
+    assert inside.wait(60)
+    thread.join()
+
+
+def test_a_sweep_leaves_entries_whose_lock_is_another_file_by_now(tmp_path, monkeypatch):
+    (tmp_path / "k").mkdir()
+    flock = cache.fcntl.flock
+
+    def late(file, how) -> None:
+        (tmp_path / "k.lock").unlink()
+        (tmp_path / "k.lock").touch()
+        flock(file, how)
+
+    monkeypatch.setattr(cache.fcntl, "flock", late)
+    cache.sweep(tmp_path, "kept", limit=-1)
+    assert (tmp_path / "k").is_dir() and (tmp_path / "k.lock").is_file()
+
+
+def test_a_sweep_passes_over_what_others_remove_meanwhile(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rows.arrow").write_bytes(b"x")
+    listdir = os.listdir
+
+    def slow(folder):
+        found = listdir(folder)
+        if Path(folder).name == "a":
+            (tmp_path / "a/rows.arrow").unlink()
+            (tmp_path / "a").rmdir()
+        return found
+
+    monkeypatch.setattr(os, "listdir", slow)
+    cache.sweep(tmp_path, "kept", limit=-1)
+    assert not (tmp_path / "b").exists()
+    cache.sweep(tmp_path / "gone", "kept")
+
+
+def test_a_home_that_is_not_there_is_no_crash(monkeypatch):
+    monkeypatch.setenv("FINETUNE_CACHE", "~nosuchuser/cache")
+    assert cache.cache_folder() == Path("~nosuchuser/cache/rows")
+    monkeypatch.delenv("FINETUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nosuchuser")
+    assert cache.cache_folder() == Path("~nosuchuser/paddle-finetune/rows")
+
+
 def test_a_file_that_changes_meanwhile_is_named(tokenizer, write, monkeypatch, place):
     large(monkeypatch, 1)
     path = write("a.jsonl", lines(*many(50)))

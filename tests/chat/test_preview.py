@@ -74,6 +74,12 @@ def test_text_without_colour_has_brackets(recipe, capsys):
     assert "\x1b" not in out
 
 
+def test_text_has_no_control_characters_of_latin_1(recipe, capsys):
+    made, _ = recipe({"messages": said("q", "a\x9b31mb\x85c\xa0d")})
+    preview(made, 1)
+    assert "⟦a\\x9b31mb\\x85c\xa0d<|im_end|>⟧" in capsys.readouterr().out
+
+
 def test_text_with_colour(recipe, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")

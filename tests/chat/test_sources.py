@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from finetune.chat.sources import find_files, read_rows
+from finetune.chat.sources import DataFile, find_files, read_blocks, read_rows
 from finetune.errors import DataError, Fault
 from tests.chat.cases import said
 from tests.chat.conftest import From
@@ -61,6 +61,15 @@ def test_gzip(write):
         read(write("c.jsonl.gz", gzip.compress(lines().encode())[:-12]))
 
 
+def test_gzip_with_a_flipped_byte(write):
+    content = bytearray(gzip.compress(lines().encode(), mtime=0))
+    for place in range(10, len(content)):
+        content[place] ^= 0xFF
+        with pytest.raises(DataError, match="a.jsonl.gz: the file cannot be read"):
+            read(write("a.jsonl.gz", bytes(content)))
+        content[place] ^= 0xFF
+
+
 def test_missing_keys_stay_missing_in_json(write):
     rows = read(write("a.jsonl", lines([{"messages": [CALL]}, {"messages": [OTHER]}])))
     assert [row["messages"] for row, _ in rows] == [[CALL], [OTHER]]
@@ -71,9 +80,32 @@ def test_csv_keeps_text(write):
     rows = read(write("a.csv", content))
     assert [row for row, _ in rows] == [
         {"instruction": 'a, "b"\nc', "output": "42", "history": [["q", "a"]]},
-        {"instruction": "007", "output": "null", "history": ""},
+        {"instruction": "007", "output": "null"},
     ]
     assert names(rows) == ["a.csv:1", "a.csv:2"]
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("", ""),
+        ('{"capital": "Rome"}', '{"capital": "Rome"}'),
+        ("[]", "[]"),
+        ("[1, 2]", "[1, 2]"),
+        ("[" + "9" * 5000 + "]", "[" + "9" * 5000 + "]"),
+        ("[" * 100_000, "[" * 100_000),
+        (json.dumps(said("q")[0]), said("q")[0]),
+        ('[{"from": "gpt", "value": "a"}]', [{"from": "gpt", "value": "a"}]),
+    ],
+)
+def test_csv_answers_are_text_unless_they_are_messages(write, text, value):
+    quoted = text.replace('"', '""')
+    assert read(write("a.csv", f'prompt,chosen\nq,"{quoted}"\n'))[0][0] == {"prompt": "q", "chosen": value}
+
+
+def test_csv_of_numbers_too_large_for_python_is_still_read(write):
+    rows = read(write("a.csv", "messages\n[" + "9" * 5000 + "]\n"))
+    assert rows[0][0] == {"messages": "[" + "9" * 5000 + "]"}
 
 
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
@@ -97,6 +129,28 @@ def test_parquet_and_arrow_lose_the_nulls_arrow_put_in(tmp_path, kind):
         read(str(path))
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "json"])
+def test_blocks_of_whole_files_share_their_size_by_rows(tmp_path, write, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+
+    many, path = ROWS * 1000, tmp_path / f"a.{kind}"
+    table = pyarrow.Table.from_pylist(many)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=700)
+    else:
+        write("a.json", json.dumps({"data": many}))
+    (file,) = find_files(From(str(path)))
+    blocks = list(read_blocks(file))
+    assert len(blocks) > 2 and sum(block.count for block in blocks) == 3000
+    for block in blocks:
+        assert block.size == pytest.approx(file.text_bytes() * block.count / 3000, abs=1)
+    assert file.text_bytes() == path.stat().st_size * (4 if kind == "parquet" else 1)
+
+
 def test_folder_of_datasets_library(tmp_path):
     datasets = pytest.importorskip("datasets")
     parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:1])}
@@ -105,6 +159,84 @@ def test_folder_of_datasets_library(tmp_path):
     assert len(read(str(tmp_path / "d"), split="test")) == 1
     with pytest.raises(DataError, match="there is no split 'dev'. It has test, train"):
         read(str(tmp_path / "d"), split="dev")
+
+
+def test_caches_of_datasets_library_are_not_rows(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "d")
+    (saved,) = (tmp_path / "d").glob("data-*.arrow")
+    (tmp_path / "d/cache-0123456789abcdef.arrow").write_bytes(saved.read_bytes())
+    assert [row for row, _ in read(str(tmp_path / "d"))] == ROWS
+    with pytest.raises(DataError, match="there is no split 'test'. Its files are not named after splits"):
+        read(str(tmp_path / "d"), split="test")
+    saved.unlink()
+    with pytest.raises(DataError, match=f"{saved.name}, which state.json names, is missing"):
+        read(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}", '{"_data_files": [1]}'])
+def test_a_state_of_something_else_says_nothing(write, tmp_path, state):
+    write("d/state.json", state)
+    write("d/a.jsonl", lines())
+    assert [row for row, _ in read(str(tmp_path / "d"))] == ROWS
+
+
+HUB = ["data/train_prefs-00000-of-00001.jsonl", "data/test_prefs-00000-of-00001.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "files, split, found",
+    [
+        (HUB, "train_prefs", [0]),
+        (HUB, "test_prefs", [1]),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl"], "train", [0, 1]),
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "validation.jsonl"], "validation", [2]),
+        (["a/test.jsonl", "a/train.jsonl", "b/train.jsonl"], "train", [1, 2]),
+        (["dev/0.jsonl", "other.jsonl", "training/0.jsonl"], "train", [2]),
+        (["dev/0.jsonl", "other.jsonl", "training/0.jsonl"], "validation", [0]),
+        (["dev/0.jsonl", "other.jsonl", "training/0.jsonl"], "dev", [0]),
+        (["test.jsonl", "train_a.jsonl", "train_b.jsonl"], "train", [1, 2]),
+        (["good.jsonl", "mine-1.jsonl"], "mine", [1]),
+        # Not named after `train` and another split: all, as they are
+        (["extra.jsonl", "train.jsonl"], "train", [0, 1]),
+        (["test.jsonl", "validation.jsonl"], "train", [0, 1]),
+        (["a.jsonl", "tests.jsonl", "trainer.jsonl"], "train", [0, 1, 2]),
+    ],
+)
+def test_splits_of_a_folder_by_the_names_of_its_files(write, tmp_path, files, split, found):
+    for name in files:
+        write(f"test/{name}", lines())
+    folder = tmp_path / "test"
+    chosen = [str(file.path.relative_to(folder)) for file in find_files(From(str(folder), split=split))]
+    assert chosen == [files[i] for i in found]
+
+
+def test_splits_that_a_folder_does_not_have(write, tmp_path):
+    for name in HUB:
+        write(f"d/{name}", lines())
+    given = "there is no split '{}'. Its files are named after test_prefs, train_prefs: give one of these as split"
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match=given.format(split)):
+            read(str(tmp_path / "d"), split=split)
+    write("e/a.jsonl", lines())
+    with pytest.raises(DataError, match="there is no split 'test'. Its files are not named after splits"):
+        read(str(tmp_path / "e"), split="test")
+
+
+def test_files_have_no_splits_but_those_of_their_names(write, tmp_path):
+    path, named = write("d/x.jsonl", lines()), write("d/test-1.jsonl", lines(ROWS[:1]))
+    for given in (path, str(tmp_path / "d/x*")):
+        with pytest.raises(DataError, match="no file of split 'test': files have no splits. Leave split out"):
+            read(given, split="test")
+    assert len(read(named, split="test")) == len(read(str(tmp_path / "d/*"), split="test")) == 1
+    assert len(read(named)) == 1 and len(read(str(tmp_path / "d/*"))) == 4
+
+
+def test_hidden_folders_are_left_out(write, tmp_path):
+    write(".d/.ipynb_checkpoints/train-checkpoint.jsonl", lines())
+    write(".d/sub/.git/a.jsonl", lines())
+    write(".d/sub/a.jsonl", lines(ROWS[:1]))
+    assert [row for row, _ in read(str(tmp_path / ".d"))] == ROWS[:1]
 
 
 def test_folders_and_globs_are_in_order_of_name(write, tmp_path):
@@ -181,6 +313,28 @@ def test_files_that_cannot_be_read(write, tmp_path, name, content, message):
     with pytest.raises(DataError) as caught:
         read(os.path.dirname(path) if name.startswith("d/") else path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("~nosuchuser/x.jsonl", "data.train[3].path: there is no file ~nosuchuser/x.jsonl"),
+        (f"{'x' * 300}.jsonl", f"data.train[3].path: {'x' * 300}.jsonl cannot be read: File name too long"),
+        (f"{'x' * 300}/*.jsonl", "data.train[3].path: "),
+        (f"{'x' * 300}/y", "data.train[3].path: "),
+    ],
+)
+def test_paths_that_cannot_be(path, message):
+    with pytest.raises(DataError) as caught:
+        find_files(From(path), key="data.train[3].path")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_file_that_cannot_be_opened_has_no_hash(tmp_path):
+    with pytest.raises(DataError, match="d: the file cannot be read: .*Is a directory"):
+        DataFile("d", tmp_path).sha256()
+    with pytest.raises(DataError, match="gone: the file cannot be read: .*No such file"):
+        DataFile("gone", tmp_path / "gone").text_bytes()
 
 
 @pytest.mark.parametrize(

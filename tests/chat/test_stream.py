@@ -79,6 +79,17 @@ def test_tokens_are_those_of_the_dataset(tokenizer, write):
     assert not expected
 
 
+def test_the_epoch_of_parquet_moves(tokenizer, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+
+    rows = [json.loads(line) for line in lines(3000).splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with stream(tokenizer, str(tmp_path / "a.parquet")) as made:
+        epochs = [made.take(750)[1] for _ in range(4)]
+    assert epochs == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.01)
+
+
 @pytest.mark.parametrize("room", [None, 300])
 def test_a_stream_goes_on_from_any_position(tokenizer, write, room):
     sources = write("a.jsonl", lines(60)), From(write("b.json", json.dumps([{"instruction": "q", "output": "a"}] * 30)))

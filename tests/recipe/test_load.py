@@ -153,7 +153,10 @@ def test_a_joint_rule_is_silent_on_a_faulty_key():
         (MINIMAL + 'training: {learning_rate: "1e-4"}\n', "r.yaml:4: training.learning_rate is the text '1e-4'"),
         (MINIMAL + "training: {shuffle: yes}\n", "r.yaml:4: training.shuffle is 'yes'. It must be true or false"),
         (MINIMAL + "training: {learning_rate: .nan}\n", "r.yaml:4: training.learning_rate is nan"),
-        (MINIMAL + "training: {resume_from_checkpoint: true}\n", "r.yaml:4: training.resume_from_checkpoint is true"),
+        (
+            MINIMAL + "training: {resume_from_checkpoint: true}\n",
+            "r.yaml:4: training.resume_from_checkpoint is true. It must be auto, never, or a checkpoint folder.",
+        ),
         (MINIMAL + "training: {max_steps: 1e3}\n", "r.yaml:4: training.max_steps is 1000.0. It must be a whole number"),
         (MINIMAL.replace("[{path: rows.jsonl}]", "[]"), "r.yaml:3: data.train is an empty list"),
         (MINIMAL.replace("path: rows", "pth: rows"), "r.yaml:3: data.train[0].path is missing"),
@@ -205,6 +208,27 @@ def test_sources_may_be_short(value, paths):
     assert [source.path for source in load(CONTRACT, f"data.eval={value}").data.eval] == paths
 
 
+@pytest.mark.parametrize("value", ["a", "[a]", "{path: a}", "[{path: a}]"])
+def test_overrides_reach_into_short_sources(value):
+    text = MINIMAL.replace("[{path: rows.jsonl}]", value)
+    assert [source.path for source in load(text, "data.train.0.path=b").data.train] == ["b"]
+    assert load(MINIMAL, f"data.train={value}", "data.train.0.samples=5").data.train[0].samples == 5
+    for override in ("data.train.1.path=b", "data.train.5.0=b", "data.train.x.path=b"):
+        (fault,) = faults(text, override)
+        item = override.split(".")[2]
+        assert fault == f"argument {override!r}: data.train is a list of 1, which has no item {item!r}"
+
+
+def test_null_makes_no_section():
+    recipe = load(MINIMAL, "lora.rank=null", "dpo.beta=null", "training.seed=null")
+    assert recipe == load(MINIMAL)
+    assert recipe.lora is None
+    assert load(MINIMAL, "training.save_total_limit=null").training.save_total_limit is None
+    assert faults(MINIMAL + "lora:\n", "lora.rank=null") == faults(MINIMAL + "lora:\n")
+    assert load(MINIMAL + "lora:\n", "lora.rank=4").lora.rank == 4
+    assert load(MINIMAL + "lora:\n", "lora=null").lora is None
+
+
 def test_overrides_reach_into_lists_and_take_keys_out():
     recipe = load(CONTRACT, "data.train.0.samples=5", "lora=null", "training.save_total_limit=null")
     assert recipe.data.train[0].samples == 5 and recipe.lora is None and recipe.training.save_total_limit is None
@@ -238,6 +262,8 @@ def test_overrides_displace_what_they_exclude():
         ("data.train=[{pth: x}]", "data.train[0].path is missing"),
         ("model.path=a\udcffb", "not text"),
         ("model.path=a\nb", "not text"),
+        (f"a.{'9' * 5000}=1", "a is not a recipe key"),
+        (f"data.train.{'9' * 5000}.path=x", "data.train is a list of 1, which has no item '9999"),
     ],
 )
 def test_wrong_overrides_name_the_argument(override, fault):

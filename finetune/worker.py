@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune.errors import FinetuneError
 from finetune.infer.samples import answer
 from finetune.recipe.load import load_recipe
+from finetune.train.launch import STOPPED_UNSAVED
 from finetune.train.parallel import world_from_environment
 from finetune.train.run import train
 
@@ -23,6 +24,8 @@ def main() -> int:
         train(load_recipe(recipe), answer=answer)
     except FinetuneError as error:
         return _report(folder, error.exit_code, str(error))
+    except KeyboardInterrupt:
+        return _report(folder, 1, STOPPED_UNSAVED)
     except Exception as error:  # the parent shows it; nothing is lost
         return _report(folder, 1, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     return 0

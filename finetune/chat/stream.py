@@ -24,7 +24,7 @@ from finetune.chat.batches import Packs, Step, pack
 from finetune.chat.dataset import DataReport, FileReport, input_size, length_notes
 from finetune.chat.encode import Encoder, Result, Settings, Task
 from finetune.chat.rows import Dataset, PairDataset, Table, dataset_of
-from finetune.chat.sources import DataFile, Source, find_files, read_blocks
+from finetune.chat.sources import Block, DataFile, Source, find_files, read_blocks
 from finetune.chat.tokenizer import Tokenizer
 from finetune.chat.workers import Worker, answer, connect
 from finetune.errors import DataError, FinetuneError
@@ -44,7 +44,7 @@ class Position:
     Attributes:
         epoch, block: The block of the unit that was last taken, from 0.
         unit: How many units of the block were taken.
-        digest: SHA-256 of all that was read in this epoch, the block included; None before the first block.
+        digest: SHA-256 of the rank's rows of this epoch, those of the block included; None before the first block.
         form: The form of the rows before the block, in its source.
         whole: SHA-256 of an epoch; None in the first.
     """
@@ -125,7 +125,7 @@ class _Maker:
             digest, done, units = hashlib.sha256(), 0, 0
             form, source = "auto", -1
             for number, task in enumerate(self._tasks()):
-                digest.update(task.block.sha256())
+                digest.update(_digest(task.block, self.settings.share))
                 begin, done = done, done + task.block.size
                 if task.source != source:
                     form, source = task.format, task.source
@@ -197,11 +197,24 @@ class _Maker:
         return _Block(position, result, packs.rows, packs.starts, start, end)
 
 
+def _digest(block: Block, share: tuple[int, int]) -> bytes:
+    """SHA-256 of a rank's rows of a block, where they can be told without parsing; else of the whole block.
+
+    A rank whose own rows are good goes on from a block in which another rank's row was mended.
+    """
+    first, step = share
+    if block.kind != "lines" or step == 1:
+        return block.sha256()
+    lines = [line for line in block.content.split(b"\n") if line.strip()]
+    return hashlib.sha256(b"\n".join(lines[first::step])).digest()
+
+
 def _changed_since() -> DataError:
     return DataError(
         "the rows that were trained on before the checkpoint are no longer what they were",
         where="data.train",
-        fix="Undo the change, or start over with training.resume_from_checkpoint=never.",
+        fix="Undo the change; or, if it mended a row, set training.resume_from_checkpoint to an earlier checkpoint's "
+        "folder; or start over with training.resume_from_checkpoint=never.",
     )
 
 
@@ -215,6 +228,7 @@ class RowStream:
 
     Attributes:
         report: What became of the rows so far.
+        position: After the units that were taken last; what a checkpoint holds.
         fault: What ended the stream; None while it goes on.
 
     Raises:
@@ -235,7 +249,7 @@ class RowStream:
         self.files = [file.name for source in sources for file in find_files(source, base)]
         self.report = DataReport(files=[FileReport(name, None, None) for name in self.files])
         self.fault: FinetuneError | None = None
-        self.position = Position()
+        self.position = self._before = Position()
         self._worker: Worker | None = None
         self._queue: queue.Queue[_Block | Exception] = queue.Queue(_AHEAD)
         self._closed = threading.Event()
@@ -289,9 +303,14 @@ class RowStream:
         self._taken += count
         serial, index = taken[-1]
         block, _, packs = self._blocks[serial]
+        self._before = self.position
         self.position = Position(**asdict(block.position) | {"unit": index + 1})
         done = block.start + (block.end - block.start) * (index + 1) / len(packs)
         return list(self._units), block.position.epoch + done
+
+    def put_back(self) -> None:
+        """Stand where the stream stood before the last `take`: its units are not used. Nothing can be taken then."""
+        self.position = self._before
 
     def _add(self, item: _Block | Exception) -> None:
         if isinstance(item, Exception):
@@ -366,3 +385,7 @@ class StreamPlan:
             rows = np.array(units, np.int64)
             batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
             yield Step(number, epoch, done, batches)
+
+    def put_back(self) -> None:
+        """Let a checkpoint hold the position before the last step, which this rank could make and another could not."""
+        self.stream.put_back()

@@ -4,7 +4,7 @@ checkpoints/step-N/
   model/                 what `finetune generate` opens: Hugging Face layout, or a PEFT adapter
   optimizer.safetensors  AdamW moments (and float32 masters) by parameter name
   extra.safetensors      present where the method needs more (LoRA's factors as trained, PiSSA's starting ones)
-  state.json             step, token counts, best evaluation, recipe
+  state.json             step, token counts, best evaluation, what the run depends on, place in a stream of rows
   complete.json          size and SHA-256 of every other file; written last
 
 A folder is built as `.step-N.partial`, synced, and renamed; whatever does not check out against its complete.json is
@@ -41,7 +41,8 @@ class Checkpoint:
     """A complete checkpoint on disk.
 
     Attributes:
-        state: The content of state.json: `run` (see RunState) and `fingerprint` (see resume.py).
+        state: The content of state.json: `run` (see RunState), `fingerprint` and `evaluation` (see resume.py), and with
+            a stream of rows `stream`, where each rank stands in it.
     """
 
     folder: Path
@@ -110,7 +111,8 @@ def write_checkpoint(
         needed = model_bytes + sum(array.nbytes for array in [*optimizer.values(), *extra.values()])
         cause = error if isinstance(error, OSError) else error.__cause__
         fix = "Earlier checkpoints are intact: make room, or lower training.save_total_limit, then run the same command"
-        raise write_fault(cause, final, needed=needed, fix=f"{fix} again.") from error
+        fix += " again, with training.resume_from_checkpoint=auto (the default)."
+        raise write_fault(cause, final, needed=needed, fix=fix) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -6,7 +6,9 @@ loses exit codes. Over several machines it is used for the rendezvous.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
 import signal
 import socket
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 30
+_AT_ONCE_SECONDS = 2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+STOPPED_UNSAVED = (
+    "stopped; nothing was saved since the last checkpoint. To go on from it, run it again with "
+    "training.resume_from_checkpoint=auto (the default)."
+)
 
 
 def launch(recipe: Recipe, *, nproc: int, nnodes: int, master: str | None) -> None:
@@ -48,21 +57,25 @@ def launch(recipe: Recipe, *, nproc: int, nnodes: int, master: str | None) -> No
         if nnodes > 1:
             launcher = ["-m", "paddle.distributed.launch", "--master", master, "--nnodes", str(nnodes)]
             launcher += ["--nproc_per_node", str(nproc), "--log_dir", str(folder / "log")]
-            command = [sys.executable, *launcher, "-m", "finetune.worker", *arguments]
-            codes = _wait([subprocess.Popen(command, env=_environment(nproc), start_new_session=True)])
+            commands = [([sys.executable, *launcher, "-m", "finetune.worker", *arguments], _environment(nproc))]
         else:
-            codes = _wait(_start(arguments, nproc))
-        if any(codes):
-            raise _first_error(folder, codes)
+            commands = _commands(arguments, nproc)
+        with _Processes() as processes:
+            for command, env in commands:
+                processes.start(command, env)
+            codes = processes.wait()
+        if any(codes) or not codes:
+            raise _first_error(folder, codes, asked=processes.asked > 0)
 
 
-def _start(arguments: list[str], nproc: int) -> list[subprocess.Popen]:
+def _commands(arguments: list[str], nproc: int) -> list[tuple[list[str], dict[str, str]]]:
+    """Command line and environment of each process on this machine."""
     # The paths of this process and not the current folder, which `python -m` would put first: it may be a stranger's.
     code = f"import sys; sys.path[:] = {sys.path!r}; from finetune.worker import end; end()"
     command = [sys.executable, "-I", "-c", code, *arguments]
     ports = _free_ports(nproc + 1)
     endpoints = [f"127.0.0.1:{port}" for port in ports[1:]]
-    processes = []
+    commands = []
     for rank in range(nproc):
         env = _environment(nproc) | {
             "PADDLE_MASTER": f"127.0.0.1:{ports[0]}",
@@ -78,9 +91,8 @@ def _start(arguments: list[str], nproc: int) -> list[subprocess.Popen]:
             "PADDLE_TRAINER_ENDPOINTS": ",".join(endpoints),
             "FLAGS_selected_gpus": str(rank),
         }
-        # In a session of its own, Ctrl-C reaches it once, forwarded, and not a second time from the terminal.
-        processes.append(subprocess.Popen(command, env=env, start_new_session=True))
-    return processes
+        commands.append((command, env))
+    return commands
 
 
 def _environment(nproc: int) -> dict[str, str]:
@@ -96,33 +108,76 @@ def has_gpu() -> bool:
     return Path("/proc/driver/nvidia/version").exists()
 
 
-def _wait(processes: list[subprocess.Popen]) -> list[int]:
-    """Wait for all; when one fails, or on Ctrl-C, ask the others to stop, and end them if they do not."""
+class _Processes:
+    """Processes that end with this one, and that are asked to stop when it is.
 
-    def forward(signum, frame):
-        for process in processes:
+    Attributes:
+        asked: How many signals asked to stop.
+    """
+
+    def __init__(self):
+        self.asked = 0
+        self._all: list[subprocess.Popen] = []
+        self._deadline = math.inf
+        self._libc = ctypes.CDLL(None)  # opened here: a forked child does as little as it can
+
+    def __enter__(self) -> _Processes:
+        # A signal that is ignored, as nohup does with SIGHUP, stays so.
+        signums = [s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
+        self._previous = {signum: signal.signal(signum, self._forward) for signum in signums}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for process in self._all:
+            process.kill()  # of those that have ended, it does nothing
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def start(self, command: list[str], env: dict[str, str]) -> None:
+        """Start one, unless a signal has asked to stop."""
+        if self.asked:
+            return
+        parent = os.getpid()
+
+        def tie() -> None:
+            self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it ended before the tie was made
+                os._exit(1)
+
+        # In a session of its own, Ctrl-C reaches it once, forwarded, and not a second time from the terminal.
+        self._all.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=tie))
+
+    def wait(self) -> list[int]:
+        """Wait for all; when one fails, or on Ctrl-C, ask the others to stop, and end them if they do not."""
+        if self.asked:  # perhaps before the last one was among those that are told
+            self._send(signal.SIGTERM)
+        failed = False
+        while any(process.poll() is None for process in self._all):
+            if not failed and any(process.poll() for process in self._all):
+                failed = True
+                self._deadline = min(self._deadline, time.monotonic() + _GRACE_SECONDS)
+                self._send(signal.SIGTERM)
+            if time.monotonic() > self._deadline:
+                self._send(signal.SIGKILL)
+            time.sleep(_POLL_SECONDS)
+        return [process.returncode for process in self._all]
+
+    def _forward(self, signum, frame) -> None:
+        self.asked += 1
+        if self.asked > 1:  # one that waits for another rank never gets to its handler
+            self._deadline = min(self._deadline, time.monotonic() + _AT_ONCE_SECONDS)
+        # Not what came: SIGINT would have each process that still loads print a traceback.
+        self._send(signal.SIGTERM)
+
+    def _send(self, signum: int) -> None:
+        for process in self._all:
             process.send_signal(signum)
 
-    previous = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        deadline = None
-        while any(process.poll() is None for process in processes):
-            if deadline is None and any(process.poll() for process in processes):
-                deadline = time.monotonic() + _GRACE_SECONDS
-                for process in processes:
-                    process.terminate()
-            if deadline is not None and time.monotonic() > deadline:
-                for process in processes:
-                    process.kill()
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-    return [process.returncode for process in processes]
 
-
-def _first_error(folder: Path, codes: list[int]) -> FinetuneError:
+def _first_error(folder: Path, codes: list[int], asked: bool) -> FinetuneError:
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("error-*.json"))]
+    if not reports and asked:
+        return TrainingError(STOPPED_UNSAVED)
     if not reports:
         failed = next(code for code in codes if code)
         return TrainingError(f"a training process ended with code {failed} and without a message")

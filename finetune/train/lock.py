@@ -51,7 +51,11 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(file.fileno(), 0)
             os.write(file.fileno(), json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-        yield
+        try:
+            yield
+        finally:  # emptied and not deleted: another run may have opened it already, and would lock a file without name
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), 0)
 
 
 def _owner(text: str) -> str:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -35,22 +35,12 @@ if TYPE_CHECKING:
 
 
 _SHOW_CURSOR = b"\x1b[?25h"  # the live bar hides it
+_STOPPING = b"\nStopping after this step; a checkpoint will be saved. Again: at once, unsaved.\n"
+_NAMED_ROWS = 8
 
 
 @dataclass
-class RunState:
-    """What a checkpoint must hold beside weights and moments."""
-
-    step: int = 0
-    num_tokens: int = 0
-    seconds: float = 0.0
-    best_loss: float | None = None
-    best_step: int | None = None
-    evals_without_gain: int = 0
-
-
-@dataclass
-class _Interval:
+class Interval:
     """Sums since the last logged step."""
 
     steps: int = 0
@@ -64,6 +54,23 @@ class _Interval:
         self.seconds += seconds
         for key, value in metrics.items():
             self.metrics[key] = self.metrics.get(key, 0.0) + value
+
+
+@dataclass
+class RunState:
+    """What a checkpoint must hold beside weights and moments."""
+
+    step: int = 0
+    num_tokens: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    evals_without_gain: int = 0
+    interval: Interval = field(default_factory=Interval)
+
+    def forget_best(self) -> None:
+        """Judge the next evaluation as if it were the first."""
+        self.best_loss, self.best_step, self.evals_without_gain = None, None, 0
 
 
 def train_loop(
@@ -94,19 +101,22 @@ def train_loop(
         rotate: Deletes older ones; called after a good step.
 
     Returns:
-        "done", "early_stopping", or "interrupted" (a signal asked to stop, or a stream of rows ended with a fault; a
-        checkpoint was saved where a step was done).
+        "done", "early_stopping", or "interrupted" (a signal asked to stop, or a stream of rows ended with a fault).
+        A checkpoint of the last step was saved, where one was done.
 
     Raises:
         TrainingError: the loss or a gradient is not finite; nothing was saved after the last good step.
     """
     total = plan.total_steps
-    interval = _Interval()
+    if _out_of_patience(state, training):  # the process ended between the last checkpoint and the final model
+        return "early_stopping"
     task.model.train()
     with _stop_requests(world) as stop, progress(total, "train", unit="step", done=state.step) as bar:
         saved_at = state.step
         for step in plan.steps(state.step):
             if plan.may_fail and world.all_sum([float(step.failed)])[0]:
+                if not step.failed:
+                    plan.put_back()  # another rank's rows are wrong, so that this step is not made
                 if saved_at < state.step:
                     save()
                 return "interrupted"
@@ -117,13 +127,13 @@ def train_loop(
             state.step += 1
             state.num_tokens += tokens
             state.seconds += seconds
-            interval.add(metrics, tokens, seconds)
+            state.interval.add(metrics, tokens, seconds)
             last = state.step == total
             if state.step % training.logging_steps == 0 or last:
-                row = _row(state, interval, step, learning_rate, metrics)
+                row = _row(state, step, learning_rate, metrics)
                 log(row)
                 bar.update(loss=row["loss"], tokens_per_second=row["tokens_per_second"])
-                interval = _Interval()
+                state.interval = Interval()
             bar.advance(1)
             saved = False
             if eval_task is not None and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
@@ -133,17 +143,22 @@ def train_loop(
                     saved = True
                 task.model.train()
             stopping = world.all_sum([float(stop.is_set())])[0] > 0
+            out_of_patience = _out_of_patience(state, training)
             due = training.save_steps and state.step % training.save_steps == 0
-            if not saved and (due or stopping or last):
+            if not saved and (due or stopping or out_of_patience or last):
                 save()
                 saved = True
             saved_at = state.step if saved else saved_at
+            if out_of_patience:
+                return "early_stopping"
             if stopping and not last:
                 return "interrupted"
-            patience = training.early_stopping_patience
-            if patience and state.evals_without_gain >= patience:
-                return "early_stopping"
     return "done"
+
+
+def _out_of_patience(state: RunState, training: TrainingSection) -> bool:
+    """Whether enough evaluations in a row brought nothing."""
+    return bool(training.early_stopping_patience) and state.evals_without_gain >= training.early_stopping_patience
 
 
 def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[dict[str, float], int]:
@@ -154,10 +169,13 @@ def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[
     denominator, tokens = counts[0], int(counts[1])
     task.begin_step(layouts, world)
     sums: dict[str, float] = {}
+    odd: list[Any] = []
     for index, layout in enumerate(layouts):
         paddle.seed(step_seed(training.seed, step.number, index, world.rank))
         loss, parts = task.loss(layout, denominator)
         loss.backward()
+        if not math.isfinite(parts["loss"]):
+            odd.append(units[index])
         for key, value in parts.items():
             sums[key] = sums.get(key, 0.0) + value
     world.sum_gradients(optimizer.parameters)
@@ -168,14 +186,27 @@ def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[
     if math.isfinite(metrics["loss"]):
         metrics["grad_norm"] = optimizer.step(learning_rate(step.number), training.max_grad_norm)
     if not math.isfinite(metrics["grad_norm"]):
-        rows = [source for micro in units for source in task.sources(micro)]
+        rows = _rows_to_look_at(task, units, odd, world)
         raise TrainingError(
             f"the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']} at step {step.number + 1}, "
-            f"on rows {', '.join(rows[:8])}{' ...' if len(rows) > 8 else ''}",
+            f"on rows {', '.join(rows[:_NAMED_ROWS])}{' ...' if len(rows) > _NAMED_ROWS else ''}",
             fix="Lower training.learning_rate or raise training.warmup_steps, and look at these rows with "
             "`finetune preview`. Nothing was saved since; earlier checkpoints are as they were.",
         )
     return metrics, tokens
+
+
+def _rows_to_look_at(task, units: list, odd: list, world: World) -> list[str]:
+    """Where the rows of micro-batches come from that gave a loss that is not finite; of all where every one did not.
+
+    Args:
+        units: The step's micro-batches of this rank.
+        odd: Those whose own loss is not finite.
+    """
+    named = odd if world.all_sum([float(len(odd))])[0] else units
+    rows = [source for micro in named for source in task.sources(micro)]
+    # One more than are shown of each rank, so that the message tells that there are more.
+    return [source for found in world.gather(rows[: _NAMED_ROWS + 1]) for source in found]
 
 
 def step_seed(*parts: int) -> int:
@@ -183,7 +214,8 @@ def step_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0] & 0x7FFFFFFF)
 
 
-def _row(state: RunState, interval: _Interval, step: Step, learning_rate, metrics: dict[str, float]) -> dict:
+def _row(state: RunState, step: Step, learning_rate, metrics: dict[str, float]) -> dict:
+    interval = state.interval
     row: dict[str, Any] = {"step": state.step, "epoch": step.epoch_end}
     row |= {key: value / interval.steps for key, value in interval.metrics.items() if key != "grad_norm"}
     row["learning_rate"] = learning_rate(state.step - 1)
@@ -242,7 +274,8 @@ def _stop_requests(world: World) -> Iterator[threading.Event]:
         event.set()
         if world.is_main:  # past rich, which may be in the middle of a line
             cursor = _SHOW_CURSOR if os.isatty(2) else b""
-            os.write(2, cursor + b"\nStopping after this step; a checkpoint will be saved. Again: at once, unsaved.\n")
+            with suppress(OSError):  # the terminal may be what went away
+                os.write(2, cursor + _STOPPING)
 
     previous = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

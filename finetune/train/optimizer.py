@@ -120,6 +120,7 @@ class NamedAdamW:
             parameter = self.parameters[name]
             if slot == _MASTER:
                 masters[parameter.name] = paddle.to_tensor(value)
+                masters[parameter.name].name = _state_prefix(parameter)  # Paddle looks the moments up under it
             else:
                 inner[_state_key(parameter, slot)] = paddle.to_tensor(value)
         if masters:
@@ -128,9 +129,13 @@ class NamedAdamW:
 
 
 def _state_key(parameter: paddle.Tensor, slot: str) -> str:
-    """Paddle's name of a parameter's state; of its float32 master where the parameter is of half precision."""
-    prefix = parameter.name if parameter.dtype == paddle.float32 else f"{parameter.name}_fp32_master_0"
-    return f"{prefix}_{slot}_0"
+    """Paddle's name of a parameter's state."""
+    return f"{_state_prefix(parameter)}_{slot}_0"
+
+
+def _state_prefix(parameter: paddle.Tensor) -> str:
+    """Paddle's name of what is stepped: the parameter, or its float32 master where it is of half precision."""
+    return parameter.name if parameter.dtype == paddle.float32 else f"{parameter.name}_fp32_master_0"
 
 
 def gradient_norm(parameters: dict[str, paddle.Tensor]) -> float:

@@ -17,7 +17,6 @@ import numpy as np
 
 # Gradients are joined into buffers of this many elements before they are summed over ranks.
 _BUCKET = 16 * 1024 * 1024
-_GATHERED = 1024
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,10 @@ class World:
             _sum_bucket(bucket)
 
     def gather(self, value: Any) -> list[Any]:
-        """The JSON values of all ranks, in their order; each of at most `_GATHERED` bytes as text."""
+        """The JSON values of all ranks, in their order."""
         text = json.dumps(value).encode()
-        letters = np.zeros((self.size, _GATHERED))
+        lengths = self.all_sum([float(len(text)) if rank == self.rank else 0.0 for rank in range(self.size)])
+        letters = np.zeros((self.size, int(max(lengths))))
         letters[self.rank, : len(text)] = list(text)
         all_letters = np.array(self.all_sum(letters.ravel().tolist()), np.uint8).reshape(letters.shape)
         return [json.loads(bytes(row).rstrip(b"\0")) for row in all_letters]

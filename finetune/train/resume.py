@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.chat.tokenizer import TOKENIZER_FILES
 from finetune.errors import ArgumentError, Fault, RecipeError
+from finetune.model.resolve import resolve_model
 from finetune.report import console
 from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep
 
 if TYPE_CHECKING:
+    from finetune.chat.dataset import DataReport
     from finetune.model.resolve import ModelSource
     from finetune.train.parallel import World
     from finetune.train.prepare import Prepared
@@ -44,11 +46,15 @@ class Start:
         fingerprint: Of this run, for its checkpoints.
         checkpoint: What to resume from; None: a new run.
         finished: Nothing is left to do.
+        evaluation: The evaluation rows, by hash, for its checkpoints.
+        best_is_void: The best evaluation that the checkpoint knows is not one of this run's.
     """
 
     fingerprint: dict[str, Any]
     checkpoint: Checkpoint | None = None
     finished: bool = False
+    evaluation: list | None = None
+    best_is_void: bool = False
 
     @property
     def step(self) -> int:
@@ -64,12 +70,25 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         for key in ("training.max_steps", "training.num_train_epochs"):
             flat.pop(key, None)
     kept = {k: v for k, v in flat.items() if k not in _FREE}
-    kept["data.train"] = [{k: v for k, v in source.items() if k != "path"} for source in flat["data.train"]]
     # A stream's files have no hash: what of them was used is compared as it is read again (finetune/chat/stream.py).
-    kept["data.train"] += [file.sha256 or file.path for file in prepared.train_report.files]
+    kept["data.train"] = _contents(flat["data.train"], prepared.train_report)
     kept["model"] = _model_digest(prepared.source)
     kept["processes"] = prepared.world_size
     return json.loads(json.dumps(kept))
+
+
+def _contents(sources: list[dict], report: DataReport) -> list:
+    """Rows by hash, and what is taken of them, wherever they lie."""
+    taken = [{k: v for k, v in source.items() if k != "path"} for source in sources]
+    return taken + [file.sha256 or file.path for file in report.files]
+
+
+def _evaluation(prepared: Prepared) -> list | None:
+    """The evaluation rows as `_contents` has them; None where there are none, or a share of the training rows."""
+    if not prepared.recipe.data.eval:
+        return None
+    sources = [source.model_dump(mode="json") for source in prepared.recipe.data.eval]
+    return json.loads(json.dumps(_contents(sources, prepared.eval_report)))
 
 
 def _model_digest(source: ModelSource) -> str:
@@ -106,27 +125,93 @@ def find_start(prepared: Prepared, world: World) -> Start:
     Raises:
         RecipeError: the recipe or the data changed in a way that would make the resumed run another run.
         CheckpointError: the folder asked for is no good checkpoint.
+        ArgumentError: the run's folder holds something that would be lost, or the processes would not start alike.
     """
     training = prepared.recipe.training
     output = Path(training.output_dir)
-    root = output / "checkpoints"
     wanted = training.resume_from_checkpoint
     _refuse_to_replace(output, wanted)
-    identity = fingerprint(prepared)
-    if wanted == "never":
-        return Start(identity)
-    if wanted != "auto":
-        checkpoint = open_checkpoint(Path(wanted))
+    identity, evaluation = fingerprint(prepared), _evaluation(prepared)
+    checkpoint = _find_checkpoint(output / "checkpoints", wanted, world)
+    if checkpoint is None:
+        _refuse_to_delete_inputs(prepared, output)
+        start = Start(identity, evaluation=evaluation)
     else:
-        if world.is_main:
-            sweep(root)
-        world.barrier()
-        checkpoint = newest_good(root, console.warn)
-        if checkpoint is None:
-            return Start(identity)
-    _refuse_changes(checkpoint.state["fingerprint"], identity, checkpoint)
-    done = checkpoint.step >= prepared.plan.total_steps
-    return Start(identity, checkpoint, finished=done and wanted == "auto" and _has_final(output))
+        _refuse_changes(checkpoint.state["fingerprint"], identity, checkpoint)
+        void = _best_is_void(checkpoint, evaluation, output / "checkpoints", training.load_best_model_at_end)
+        finished = wanted == "auto" and _is_finished(checkpoint, prepared, void)
+        start = Start(identity, checkpoint, finished, evaluation, void)
+    _refuse_to_differ(start, output, world)
+    return start
+
+
+def _find_checkpoint(root: Path, wanted: str, world: World) -> Checkpoint | None:
+    if wanted == "never":
+        return None
+    if wanted != "auto":
+        return open_checkpoint(Path(wanted))
+    if world.is_main:
+        sweep(root)
+    world.barrier()
+    return newest_good(root, console.warn)
+
+
+def _best_is_void(checkpoint: Checkpoint, evaluation: list | None, root: Path, load_best: bool) -> bool:
+    """Whether the best loss is of other evaluation rows, or its model is asked for and not among this run's.
+
+    A best checkpoint that is there but damaged is not void: a copy of it may exist, see `Session.write_final`.
+    """
+    run = checkpoint.state["run"]
+    best = run.get("best_step")
+    if checkpoint.state.get("evaluation", evaluation) != evaluation:
+        return best is not None or bool(run.get("evals_without_gain"))
+    if not load_best or best is None:
+        return False
+    return checkpoint.folder.resolve().parent != root.resolve() or best not in list_steps(root)
+
+
+def _is_finished(checkpoint: Checkpoint, prepared: Prepared, best_is_void: bool) -> bool:
+    """Whether final/ holds what the run would write there, at its planned end or where early stopping ended it."""
+    training = prepared.recipe.training
+    load_best, manifest = training.load_best_model_at_end, _finished_manifest(Path(training.output_dir))
+    if manifest is None or manifest.get("load_best_model_at_end", load_best) != load_best:
+        return False
+    patience, without_gain = training.early_stopping_patience, checkpoint.state["run"].get("evals_without_gain", 0)
+    stopped_early = bool(patience) and without_gain >= patience and not best_is_void
+    return checkpoint.step >= prepared.plan.total_steps or stopped_early
+
+
+def _refuse_to_differ(start: Start, output: Path, world: World) -> None:
+    """Make sure that all processes start at the same step of the same run: each looked on its own machine's disk."""
+    said = json.dumps([start.fingerprint, start.evaluation, start.best_is_void, start.finished], sort_keys=True)
+    found = world.gather([start.step, hashlib.sha256(said.encode()).hexdigest()[:16]])
+    if all(entry == found[0] for entry in found):
+        return
+    steps = sorted({step for step, _ in found})
+    what = f"steps {', '.join(map(str, steps))}" if len(steps) > 1 else "different recipes, data or models"
+    raise ArgumentError(
+        f"the processes would not start alike: from {what}",
+        where=str(output.absolute()),
+        fix="All machines must see the same folder there, and the same data and model: put them on a shared disk.",
+    )
+
+
+def _refuse_to_delete_inputs(prepared: Prepared, output: Path) -> None:
+    """A run that starts anew deletes final/ and checkpoints/. Make sure that it does not train from them."""
+    sources = {"model.path": prepared.source, "the base of model.path": prepared.source.base}
+    dpo = prepared.recipe.dpo
+    if dpo is not None and dpo.reference is not None and Path(dpo.reference).expanduser().exists():
+        reference = resolve_model(dpo.reference)
+        sources |= {"dpo.reference": reference, "the base of dpo.reference": reference.base}
+    doomed = [(output / name).resolve() for name in ("final", "checkpoints")]
+    for key, source in sources.items():
+        folder = None if source is None else source.folder.resolve()
+        if folder is not None and any(place == folder or place in folder.parents for place in doomed):
+            raise ArgumentError(
+                f"{key} is {folder}, which a new run in {output} would delete",
+                where="training.output_dir",
+                fix="Choose another training.output_dir.",
+            )
 
 
 def _refuse_to_replace(output: Path, wanted: str) -> None:
@@ -138,7 +223,7 @@ def _refuse_to_replace(output: Path, wanted: str) -> None:
             where=str(output),
             fix="Choose another training.output_dir.",
         )
-    if wanted == "auto" and _has_final(output) and not list_steps(output / "checkpoints"):
+    if wanted == "auto" and _finished_manifest(output) is not None and not list_steps(output / "checkpoints"):
         raise ArgumentError(
             "holds a finished run, but no checkpoints to tell whether it is this one",
             where=str(output),
@@ -146,12 +231,13 @@ def _refuse_to_replace(output: Path, wanted: str) -> None:
         )
 
 
-def _has_final(output: Path) -> bool:
+def _finished_manifest(output: Path) -> dict | None:
+    """The manifest of a run that wrote its final model; None where there is none."""
     try:
         manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return manifest.get("status") == "finished" and (output / "final").is_dir()
+        return None
+    return manifest if manifest.get("status") == "finished" and (output / "final").is_dir() else None
 
 
 def _refuse_changes(then: dict[str, Any], now: dict[str, Any], checkpoint: Checkpoint) -> None:
@@ -170,7 +256,7 @@ def _refuse_changes(then: dict[str, Any], now: dict[str, Any], checkpoint: Check
             f"{checkpoint.folder} cannot be resumed with these changes",
             fix="Undo them, choose another training.output_dir, or start over with "
             "training.resume_from_checkpoint=never. To train the weights further as a new run, set model.path to the "
-            "checkpoint.",
+            "checkpoint and training.output_dir to another folder.",
         )
     )
     raise RecipeError.of(faults)

@@ -5,6 +5,7 @@ output_dir/ holds recipe.yaml, manifest.json, metrics.jsonl, report.html, checkp
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from datetime import datetime, timezone
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import Fault, FinetuneError, StorageError, TrainingError, UserError
-from finetune.files import write_fault
+from finetune.files import sync, write_fault
 from finetune.recipe.load import dump_recipe
 from finetune.report import console
 from finetune.report.manifest import build_manifest, write_manifest
 from finetune.report.metrics import MetricsWriter
 from finetune.report.page import write_report
+from finetune.train.checkpoint import list_steps
 from finetune.train.lock import locked
 from finetune.train.parallel import World, join, world_from_environment
 from finetune.train.prepare import Prepared, describe, prepare
@@ -86,12 +88,11 @@ def _run(recipe: Recipe, world: World, answer: Answer | None) -> None:
         if world.is_main and _report_is_old(output):
             write_report(output)
         console.say(
-            f"{output} holds this run, finished: {prepared.plan.total_steps} of {prepared.plan.total_steps} steps. "
+            f"{output} holds this run, finished: {start.step} of {prepared.plan.total_steps} steps. "
             "To train again, change training.output_dir or pass training.resume_from_checkpoint=never."
         )
         return
     if world.is_main:
-        _open_folder(output, recipe, fresh=start.checkpoint is None)
         describe(prepared, resumed_at=start.step)
     _guard(prepared, world, start, started, answer)
 
@@ -100,9 +101,12 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
     """Run, and turn the machine's faults into messages that say what to lower or make room for."""
     from finetune.train.session import Session
 
-    output = Path(prepared.recipe.training.output_dir)
+    recipe = prepared.recipe
+    output, again = Path(recipe.training.output_dir), _again(recipe)
     session = None
     try:
+        if world.is_main:
+            _open_folder(output, recipe, fresh=start.checkpoint is None)
         session = Session(prepared, world, start)
         manifest = _Manifest(prepared, session, started)
         if world.is_main:
@@ -119,8 +123,8 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
             manifest.write("stopped" if reason == "interrupted" else "finished")
             write_report(output)
     except OSError as error:
-        fix = "Earlier checkpoints are intact: make room, then run the same command again."
-        fault = write_fault(error, Path(error.filename or output), fix=fix)
+        fix = f"Earlier checkpoints are intact: make room, then {again}."
+        fault = write_fault(error, Path(error.filename2 or error.filename or output), fix=fix)
         if not isinstance(fault, StorageError):
             raise
         raise fault from error
@@ -130,31 +134,47 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
         raise TrainingError(
             "memory ran out",
             where=f"step {session.state.step + 1}" if session else "loading the model",
-            fix="Lower training.per_device_train_batch_size (and raise training.gradient_accumulation_steps), lower "
-            "data.max_length, or set training.recompute: true; then run the same command again.",
+            fix=_less_memory(recipe, bool(start.checkpoint or list_steps(output / "checkpoints"))),
         ) from error
     finally:
         if prepared.stream is not None:
             prepared.stream.close()
     if reason == "interrupted":
+        world.barrier()  # the first process to end has the others ended, and rank 0 may still be writing
         if prepared.stream is not None and prepared.stream.fault is not None:
-            raise _stopped_by(prepared.stream.fault, session.state.step, prepared.plan.total_steps)
+            raise _stopped_by(prepared.stream.fault, session.state.step, prepared.plan.total_steps, again)
         raise Interrupted(
             f"stopped at step {session.state.step} of {prepared.plan.total_steps}; a checkpoint is saved",
-            fix="Run the same command again to go on.",
+            fix=f"{again.capitalize()} to go on.",
         )
     if world.is_main:
         ending = "" if reason == "done" else " (stopped early: eval_loss no longer fell)"
         console.say(f"Finished{ending}. Model: {output / 'final'}  Report: {output / 'report.html'}")
 
 
-def _stopped_by(fault: FinetuneError, step: int, total: int) -> FinetuneError:
+def _again(recipe: Recipe) -> str:
+    """How to go on with a run; another value of the key would start over, or from an earlier step."""
+    if recipe.training.resume_from_checkpoint == "auto":
+        return "run the same command again"
+    return "run it again with training.resume_from_checkpoint=auto"
+
+
+def _less_memory(recipe: Recipe, going_on: bool) -> str:
+    """What to lower when memory ran out; a run that goes on from a checkpoint keeps its batches and lengths."""
+    smaller = "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps)"
+    if not going_on:
+        return f"Lower {smaller}, lower data.max_length, or set training.recompute: true; then {_again(recipe)}."
+    anew = f"To lower {smaller} or data.max_length, start a new run in another training.output_dir."
+    return anew if recipe.training.recompute else f"To go on, set training.recompute: true and {_again(recipe)}. {anew}"
+
+
+def _stopped_by(fault: FinetuneError, step: int, total: int, again: str) -> FinetuneError:
     """What ended a stream of rows, with where the run stands."""
     if not step or not isinstance(fault, UserError):
         return fault
     end = Fault(
         f"stopped at step {step} of {total}; a checkpoint is saved",
-        fix="Correct this, then run the same command again to go on.",
+        fix=f"Correct this, then {again} to go on.",
     )
     return type(fault).of([*fault.faults, end])
 
@@ -167,7 +187,16 @@ def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:
             shutil.rmtree(output / name, ignore_errors=True)
         for name in ("metrics.jsonl", "report.html", "manifest.json", "samples.json"):
             (output / name).unlink(missing_ok=True)
-    (output / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    _write_recipe(output / "recipe.yaml", recipe)
+
+
+def _write_recipe(path: Path, recipe: Recipe) -> None:
+    """Write the recipe that goes on with this run, whole: a reader sees the old file or the new one."""
+    training = recipe.training.model_copy(update={"resume_from_checkpoint": "auto"})
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(dump_recipe(recipe.model_copy(update={"training": training})), encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
 
 
 def _report_is_old(output: Path) -> bool:
@@ -217,7 +246,11 @@ class _Manifest:
             status=status,
             steps={"done": session.state.step, "planned": prepared.plan.total_steps},
             tokens={"seen": session.state.num_tokens},
-            extra={"world_size": session.world.size, "best": _best(session.state)},
+            extra={
+                "world_size": session.world.size,
+                "best": _best(session.state),
+                "load_best_model_at_end": prepared.recipe.training.load_best_model_at_end,
+            },
         )
         write_manifest(Path(prepared.recipe.training.output_dir) / "manifest.json", manifest)
 

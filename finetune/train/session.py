@@ -15,8 +15,9 @@ from finetune.model.load import as_numpy, load_model
 from finetune.model.lora import add_lora, lora_layers, merge_lora, save_peft, training_state
 from finetune.model.runtime import device
 from finetune.model.write import read_companions, save_hf
+from finetune.report import console
 from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
-from finetune.train.loop import RunState, train_loop
+from finetune.train.loop import Interval, RunState, train_loop
 from finetune.train.optimizer import NamedAdamW, trainable_parameters
 from finetune.train.parallel import World
 from finetune.train.prepare import Prepared
@@ -31,7 +32,7 @@ class Session:
     def __init__(self, prepared: Prepared, world: World, start: Start):
         self.prepared, self.world = prepared, world
         self.resumed = start.checkpoint is not None
-        self._fingerprint = start.fingerprint
+        self._identity = {"fingerprint": start.fingerprint, "evaluation": start.evaluation}
         self._rotation_due = False
         if prepared.stream is not None:  # so that rows are there when the model is
             prepared.stream.start(_position(start, world))
@@ -46,7 +47,7 @@ class Session:
         self.task, self.eval_task = self._tasks()
         if start.checkpoint is not None:
             self.optimizer.load(start.checkpoint.optimizer())
-            self.state = _restored(start.checkpoint)
+            self.state = _restored(start)
 
     def _tasks(self):
         p = self.prepared
@@ -108,7 +109,7 @@ class Session:
                 model_bytes=sum(p.size * p.element_size() for p in parameters.values()),
                 optimizer=self.optimizer.state(),
                 extra=training_state(self.model) if lora else {},
-                state={"run": asdict(self.state), "fingerprint": self._fingerprint} | positions,
+                state={"run": asdict(self.state)} | self._identity | positions,
             )
             self._rotation_due = True
         self.world.barrier()
@@ -145,13 +146,16 @@ class Session:
         if self.world.is_main:
             partial = folder.with_name(f".{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            # One level down, so that what a killed run leaves is under one name, which the next one removes.
-            if self._best is None:
-                self.write_model(partial / folder.name)
-            else:
-                shutil.copytree(self._good_best().model, partial / folder.name)
-                sync_tree(partial / folder.name)
+            try:
+                partial.mkdir()
+                # One level down, so that what a killed run leaves is under one name, which the next one removes.
+                if self._best is None:
+                    self.write_model(partial / folder.name)
+                else:
+                    _copy(self._good_best().model, partial / folder.name)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)  # before the free space is told
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             (partial / folder.name).rename(folder)
             partial.rmdir()
@@ -166,6 +170,14 @@ class Session:
                 f"the best checkpoint cannot become the final model: {error}",
                 fix="Bring it back from a copy, or pass training.load_best_model_at_end=false to take the last step's.",
             ) from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy the files of a folder. Unlike shutil.copytree it ends with the first fault, an OSError that has a number."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        shutil.copyfile(path, target / path.name)
+    sync_tree(target)
 
 
 def _position(start: Start, world: World) -> Position:
@@ -198,11 +210,19 @@ def _build_model(prepared: Prepared, start: Start):
     return model, loaded.dtype
 
 
-def _restored(checkpoint: Checkpoint) -> RunState:
+def _restored(start: Start) -> RunState:
+    run = start.checkpoint.state["run"]
     try:
-        return RunState(**checkpoint.state["run"])
+        state = RunState(**run | {"interval": Interval(**run.get("interval", {}))})
     except TypeError as error:
-        raise CheckpointError(f"is not the state of a run: {error}", where=str(checkpoint.folder)) from error
+        raise CheckpointError(f"is not the state of a run: {error}", where=str(start.checkpoint.folder)) from error
+    if start.best_is_void:
+        console.warn(
+            "the best evaluation so far does not count: the evaluation rows changed, or its checkpoint is not among "
+            "this run's"
+        )
+        state.forget_best()
+    return state
 
 
 def lora_settings(section) -> LoraSettings:

@@ -151,6 +151,130 @@ def test_where_the_loss_runs_away_the_checkpoint_before_the_last_is_still_there(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
 
 
+def test_the_rows_named_are_those_of_the_micro_batch_whose_loss_ran_away(tmp_path, tiny_folder, monkeypatch, capsys):
+    from finetune.train import sft
+
+    recipe = write_recipe(
+        tmp_path, tiny_folder, shuffle=False, per_device_train_batch_size=2, gradient_accumulation_steps=3
+    )
+    real, seen = sft.SftTask.loss, []
+
+    def loss(self, layout, denominator):
+        seen.append(layout)
+        factor = float("nan") if len(seen) == 2 else 1.0
+        value, parts = real(self, layout, denominator)
+        return value * factor, {name: part * factor for name, part in parts.items()}
+
+    monkeypatch.setattr(sft.SftTask, "loss", loss)
+    assert finetune("train", recipe) == 1
+    rows = tmp_path / "train.jsonl"
+    assert f"at step 1, on rows {rows}:3, {rows}:4." in capsys.readouterr().err
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_started_over_says_how_to_go_on_and_keeps_a_recipe_that_does(
+    tmp_path, tiny_folder, monkeypatch, capsys
+):
+    recipe, run = write_recipe(tmp_path, tiny_folder, max_steps=3), tmp_path / "run"
+    with before_step(monkeypatch, 1, stop):
+        assert finetune("train", recipe, "training.resume_from_checkpoint=never") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "Run it again with training.resume_from_checkpoint=auto to go on." in said
+    assert finetune("train", run / "recipe.yaml") == 0
+    assert "resumed after step 2" in " ".join(capsys.readouterr().err.split())
+
+
+def test_other_ranks_end_after_the_first_has_written_that_the_run_stopped(tmp_path, tiny_folder, monkeypatch):
+    from finetune.train.parallel import World
+
+    recipe, seen = write_recipe(tmp_path, tiny_folder, max_steps=3), []
+    manifest, report = (tmp_path / "run" / name for name in ("manifest.json", "report.html"))
+
+    def barrier(self) -> None:
+        status = json.loads(manifest.read_text())["status"] if manifest.exists() else None
+        seen.append((status, report.exists()))
+
+    monkeypatch.setattr(World, "barrier", barrier)
+    with before_step(monkeypatch, 1, stop):
+        assert finetune("train", recipe) == 1
+    assert seen[-1] == ("stopped", True)
+
+
+def test_a_stopped_run_that_logs_rarely_goes_on_to_the_same_metrics(tmp_path, tiny_folder, monkeypatch):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=8, logging_steps=3)
+    assert finetune("train", recipe, f"training.output_dir={tmp_path / 'undisturbed'}") == 0
+    with before_step(monkeypatch, 3, stop):
+        assert finetune("train", recipe) == 1
+    assert finetune("train", recipe) == 0
+    timed = ("tokens_per_second", "seconds")
+    found, wanted = (
+        [{k: v for k, v in row.items() if k not in timed} for row in metrics(tmp_path / name)]
+        for name in ("run", "undisturbed")
+    )
+    assert [row["step"] for row in wanted] == [3, 6, 8]
+    assert found == wanted
+
+
+def test_a_disk_that_fills_up_under_the_recipe_leaves_the_old_one(tmp_path, tiny_folder, monkeypatch, capsys):
+    recipe, run = write_recipe(tmp_path, tiny_folder, max_steps=2, save_steps=1), tmp_path / "run"
+    assert finetune("train", recipe) == 0
+    shutil.rmtree(run / "final")
+    before = (run / "recipe.yaml").read_text(encoding="utf-8")
+    real = Path.write_text
+
+    def write_text(self, *arguments, **options):
+        if not self.name.startswith("recipe.yaml"):
+            return real(self, *arguments, **options)
+        self.write_bytes(b"")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        assert finetune("train", recipe) == 1
+    assert f"{run}: cannot be written: No space left on device (" in capsys.readouterr().err
+    assert (run / "recipe.yaml").read_text(encoding="utf-8") == before
+
+
+def test_a_disk_that_fills_up_under_the_best_model_is_told_and_leaves_no_part_of_it(
+    tmp_path, tiny_folder, monkeypatch, capsys
+):
+    options = {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    recipe, run = write_recipe(tmp_path, tiny_folder, max_steps=2, **options), tmp_path / "run"
+    real = shutil.copyfile
+
+    def copyfile(source, target, **options):
+        if ".final.partial" not in str(target):
+            return real(source, target, **options)
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", copyfile)
+        assert finetune("train", recipe, "data.eval_fraction=0.2") == 1
+    said = capsys.readouterr().err
+    assert f"{run}/.final.partial/final/" in said and "make room, then run the same command again" in said
+    assert not (run / ".final.partial").exists() and not (run / "final").exists()
+    assert finetune("train", recipe, "data.eval_fraction=0.2") == 0
+
+
+def test_the_end_of_memory_after_a_checkpoint_names_what_may_still_change(tmp_path, tiny_folder, monkeypatch, capsys):
+    recipe = write_recipe(tmp_path, tiny_folder, save_steps=1)
+
+    def run_out() -> None:
+        raise MemoryError
+
+    with before_step(monkeypatch, 1, run_out):
+        assert finetune("train", recipe) == 1
+    said = capsys.readouterr().err
+    assert "To go on, set training.recompute: true and run the same command again." in said
+    assert "training.per_device_train_batch_size" in said and "start a new run in another training.output_dir" in said
+    assert finetune("train", recipe, "training.recompute=true") == 0
+
+
 MEMORY = """
 import resource, sys
 from finetune import cli

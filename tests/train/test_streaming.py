@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from finetune.chat import stream
+from finetune.chat.sources import Block
 from finetune.train import prepare
 from tests.invariants.test_sft import final_digest, losses_and_norms, train
 from tests.runs import finetune, write_recipe
@@ -91,6 +93,32 @@ def test_a_bad_row_stops_the_run_with_a_checkpoint_and_a_mended_one_lets_it_go_o
     train(recipe, run, *STREAMED)
     assert final_digest(run) == final_digest(undisturbed)
     assert losses_and_norms(run) == losses_and_norms(undisturbed)
+
+
+def test_a_bad_row_of_one_process_leaves_the_other_where_the_run_stopped(tmp_path, tiny_folder, capfd):
+    # Blocks of 42 rows: the bad row is in the second one, of which the other process has rows when it is found.
+    rows = tmp_path / "train.jsonl"
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=12)
+    messages = [[{"role": "user", "content": f"{n} " + "word " * 20000}] for n in range(200)]
+    lines = [json.dumps({"messages": [*said, {"role": "assistant", "content": "yes"}]}) + "\n" for said in messages]
+    rows.write_text("".join(lines), encoding="utf-8")
+    overrides = [*STREAMED, "data.max_length=64", "data.train_on=all", "--nproc", "2"]
+    undisturbed = train(recipe, tmp_path / "undisturbed", *overrides)
+    rows.write_text("".join([*lines[:59], "{]\n", *lines[60:]]), encoding="utf-8")
+    run = tmp_path / "run"
+    assert finetune("train", recipe, f"training.output_dir={run}", *overrides) == 2
+    assert f"{rows}:60: not valid JSON" in capfd.readouterr().err
+    assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["status"] == "stopped"
+    rows.write_text("".join(lines), encoding="utf-8")
+    train(recipe, run, *overrides)
+    assert final_digest(run) == final_digest(undisturbed)
+    assert losses_and_norms(run) == losses_and_norms(undisturbed)
+
+
+def test_a_row_of_another_process_may_be_mended_in_the_block_that_a_process_is_at():
+    blocks = [Block(1, 4, "lines", content) for content in (b"a\n\nb\nc\nd\n", b"a\nB\nc\nd")]
+    even, odd = ([stream._digest(block, (rank, 2)) for block in blocks] for rank in range(2))
+    assert even[0] == even[1] and odd[0] != odd[1]
 
 
 def test_rows_that_were_used_may_not_change_before_a_run_goes_on(tmp_path, tiny_folder, capsys):

@@ -19,9 +19,10 @@ import jinja2
 import tokenizers
 
 from finetune.chat import cache
+from finetune.chat.datafiles import DataFile, Source, find_files
 from finetune.chat.encode import COUNTS, MAX_NAMED, DataSettings, Encoder, Faults, Named, Result, Settings, Task
 from finetune.chat.rows import Dataset, PairDataset, Part, Table, dataset_of
-from finetune.chat.sources import DataFile, Source, find_files, read_blocks
+from finetune.chat.sources import read_blocks
 from finetune.chat.tokenizer import Tokenizer
 from finetune.chat.workers import encode_all, worker_count
 from finetune.errors import DataError

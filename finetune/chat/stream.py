@@ -21,10 +21,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from finetune.chat.batches import Packs, Step, pack
+from finetune.chat.datafiles import DataFile, Source, find_files
 from finetune.chat.dataset import DataReport, FileReport, input_size, length_notes
 from finetune.chat.encode import Encoder, Result, Settings, Task
 from finetune.chat.rows import Dataset, PairDataset, Table, dataset_of
-from finetune.chat.sources import Block, DataFile, Source, find_files, read_blocks
+from finetune.chat.sources import Block, read_blocks
 from finetune.chat.tokenizer import Tokenizer
 from finetune.chat.workers import Worker, answer, connect
 from finetune.errors import DataError, FinetuneError

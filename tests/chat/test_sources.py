@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from finetune.chat.sources import DataFile, find_files, read_blocks, read_rows
+from finetune.chat.datafiles import DataFile, find_files
+from finetune.chat.sources import read_blocks, read_rows
 from finetune.errors import DataError, Fault
 from tests.chat.cases import said
 from tests.chat.conftest import From

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune.chat.datafiles import DataFile
 from finetune.chat.formats import parse_row
 from finetune.chat.render import IGNORE, encode_conversation, encode_preference, prompt_ids
-from finetune.chat.sources import DataFile, read_file
+from finetune.chat.sources import read_file
 from finetune.chat.tokenizer import Tokenizer
 from tests.chat.cases import PLAIN, TOOLS
 

@@ -37,19 +37,29 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 _UsageError: type[Exception] = typer.BadParameter.__base__  # its module's name depends on typer's version
 
 
-def _whole(low: int) -> Callable[[str], int]:
-    """A reader of whole numbers from `low` whose message, unlike typer's, names what was found."""
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high` whose message, unlike typer's, names what was found."""
+    valid = f"of at least {low}" if high is None else f"from {low} to {high}"
 
     def read(text: str) -> int:
         try:
             number = int(text)
         except ValueError:
             number = low - 1
-        if number < low:
-            raise ValueError(f"{text} is not a whole number of at least {low}")
+        if number < low or (high is not None and number > high):
+            raise ValueError(f"{text} is not a whole number {valid}")
         return number
 
     return read
+
+
+def _text(text: str) -> str:
+    """A reader of text. Bytes of an argument that are not UTF-8 come as halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not UTF-8 (character {error.start + 1})") from None
+    return text
 
 
 def _number(text: str) -> float:
@@ -82,7 +92,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set, e.g. training.max_steps=10", show_default=False),
 ]
-System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt; the model's own when not given.")]
+System = Annotated[
+    str | None, typer.Option(parser=_text, metavar="TEXT", help="System prompt; the model's own when not given.")
+]
 MaxNewTokens = Annotated[int, _positive(metavar="N", help="Most tokens to add to a prompt.")]
 Temperature = Annotated[
     float | None, typer.Option(parser=_number, metavar="T", help="Above 0 draws tokens, 0 is greedy.")
@@ -135,7 +147,9 @@ def train(
 @app.command(epilog='Example: finetune generate outputs/my-run --prompt "What is a kernel?" --max-new-tokens 64')
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt; else read from a pipe.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(parser=_text, metavar="TEXT", help="One prompt; else read from a pipe.")
+    ] = None,
     input: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Prompts or conversations.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Answers, in input order.")] = None,
     system: System = None,
@@ -208,7 +222,7 @@ def chat(
 def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(parser=_whole(0), metavar="PORT", help="0 takes any free one.")] = 8000,
+    port: Annotated[int, typer.Option(parser=_whole(0, 65535), metavar="PORT", help="0 takes any free one.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", envvar="FINETUNE_API_KEY", help="Asked of every request; safer as the variable."),
@@ -223,7 +237,10 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every request.")] = False,
 ) -> None:
     """Answer over HTTP, with OpenAI's interface."""
-    if api_key is not None and not api_key.strip():
+    if api_key is None:
+        api_key = os.environ.get("FINETUNE_API_KEY")  # typer takes an empty variable for one that is not set
+    api_key = api_key and api_key.strip()
+    if api_key == "":
         raise ArgumentError("the API key is empty", fix="Give a key, or unset FINETUNE_API_KEY.")
     from finetune.infer.serve import serve as run
 
@@ -296,7 +313,7 @@ def evaluate(
         typer.Option(metavar="DIR", help="Tasks of your own, in the harness's YAML. Python they name is run."),
     ] = None,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run programs that the model writes, here, as you (HumanEval).")
+        bool, typer.Option("--allow-code", help="Run programs that the model writes, here, as you (HumanEval, MBPP).")
     ] = False,
 ) -> None:
     """Run benchmarks: those of the Qwen2 model page, or any other of lm-evaluation-harness."""

@@ -209,6 +209,36 @@ def test_preview_shows_three_rows_and_all_as_json(run, behind, tmp_path):
     assert [call[0][1:] for call in calls] == [(3, False), (None, True), (7, True)]
 
 
+@pytest.mark.parametrize(
+    ("variable", "arguments", "key"),
+    [
+        (None, [], None),
+        ("secret\n", [], "secret"),
+        (None, ["--api-key", " secret "], "secret"),
+        ("", ["--api-key", "secret"], "secret"),
+        ("", [], "empty"),
+        (" \n", [], "empty"),
+        (None, ["--api-key", " "], "empty"),
+    ],
+)
+def test_an_api_key_that_is_set_is_never_dropped(run, behind, monkeypatch, variable, arguments, key):
+    monkeypatch.delenv("FINETUNE_API_KEY", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("FINETUNE_API_KEY", variable)
+    calls = behind("finetune.infer.serve", "serve")
+    code, _, err = run("serve", "m", *arguments)
+    if key == "empty":
+        assert code == 2 and "the API key is empty" in err and calls == []
+    else:
+        assert code == 0 and calls[0][1]["api_key"] == key
+
+
+@pytest.mark.parametrize("port", ["65536", "70000", "-1", "x"])
+def test_a_port_that_does_not_exist_is_named(run, port):
+    code, _, err = run("serve", "m", "--port", port)
+    assert code == 2 and f"{port} is not a whole number from 0 to 65535" in err
+
+
 def test_export_and_doctor(run, behind):
     calls = behind("finetune.export.export", "export")
     assert run("export", "m", "out", "--format", "peft", "--verify")[0] == 0

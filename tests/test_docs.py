@@ -119,7 +119,9 @@ def test_the_example_of_the_recipe_reference_is_valid(tmp_path):
     assert recipe.lora is not None and recipe.method == "sft"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipe.md", "docs/log.md", "docs/serving.md", "docs/performance.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/recipe.md", "docs/log.md", "docs/serving.md", "docs/performance.md"]
+)
 def test_files_that_the_pages_name_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)

@@ -46,7 +46,7 @@ def evaluate(
         output: JSON file, replaced after each task, so that what is done survives an interruption.
         raw: Ask in plain text, without the chat template, as for base models.
         include: Folder of tasks in the harness's YAML form; they may name Python code, which is run.
-        allow_code: Run programs that the model writes (HumanEval).
+        allow_code: Run programs that the model writes (HumanEval, MBPP).
 
     Raises:
         UserError: a task, an argument or the model is wrong.
@@ -67,12 +67,12 @@ def evaluate(
         for name, benchmark in chosen.items():
             shots = benchmark.num_fewshot if num_fewshot is None else num_fewshot
             record["tasks"][name] = _run(judged, benchmark, manager, limit, shots, raw, allow_code)
-            if len(record["tasks"]) == 1:
-                print(_LINE.format("task", "metric", "value", "error", "questions"))
-            _print_line(name, benchmark, record["tasks"][name])
             if output is not None:
                 with replacing(output) as file:
                     json.dump(record, file, indent=2, ensure_ascii=False, default=str)
+            if len(record["tasks"]) == 1:
+                print(_LINE.format("task", "metric", "value", "error", "questions"))
+            _print_lines(name, benchmark, record["tasks"][name])
     if output is not None:
         say(f"All figures: {output}")
 
@@ -113,13 +113,38 @@ def _checked(name: str, manager, allow_code: bool) -> Benchmark:
         raise ArgumentError(
             f"{name!r} is not a task", where="--tasks", fix=f"{hint}The page's are {', '.join(BENCHMARKS)}."
         )
-    if "humaneval" in benchmark.task and not allow_code:
+    if not allow_code and _runs_code(benchmark.task, manager):
         raise ArgumentError(
             f"{name} runs the programs that the model writes, on this machine and with your rights",
             where="--tasks",
             fix="Add --allow-code where that is acceptable, such as in a container.",
         )
     return benchmark
+
+
+def _runs_code(task: str, manager) -> bool:
+    """Whether a task, or one of those that a group or a tag stands for, is marked as running what the model writes."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = manager.task_index.get(task)
+    if entry is None:
+        return False
+    config = load_yaml(entry.yaml_path, resolve_func=False) if entry.yaml_path else entry.cfg or {}
+    members = entry.tags if entry.kind.name == "TAG" else config.get("task")
+    return bool(config.get("unsafe_code")) or _any_runs_code(members, manager)
+
+
+def _any_runs_code(members: Any, manager) -> bool:
+    """The same of a group's `task` list, which may hold names, tasks with settings and groups written in place."""
+    for member in members if isinstance(members, (list, set)) else ():
+        settings = member if isinstance(member, dict) else {"task": member}
+        inside = settings.get("task")
+        names = [name for name in (inside, settings.get("group")) if isinstance(name, str)]
+        if settings.get("unsafe_code") or any(_runs_code(name, manager) for name in names):
+            return True
+        if _any_runs_code(inside, manager):
+            return True
+    return False
 
 
 def _run(
@@ -156,7 +181,7 @@ def _run(
         ) from error
     questions = sum(count["effective"] for count in results["n-samples"].values())
     return {"questions": questions, "results": results["results"], "groups": results.get("groups", {})} | {
-        key: results[key] for key in ("versions", "n-shot", "higher_is_better")
+        key: results[key] for key in ("versions", "n-shot", "n-samples", "higher_is_better")
     }
 
 
@@ -178,11 +203,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def headline(benchmark: Benchmark, result: dict[str, Any]) -> tuple[str, float, float | None]:
-    """The figure that stands for a benchmark: its name, value, and standard error where there is one."""
-    figures = result["results"][benchmark.task]
+def _headline(task: str, wanted: str, result: dict[str, Any]) -> tuple[str, float, float | None] | None:
+    """The figure that stands for a task: its name, value, and standard error where there is one.
+
+    None where it has no figure of its own: a tag, or a group that does not sum its tasks up.
+    """
+    figures = result["results"].get(task, {})
     named = [key for key, value in figures.items() if "," in key and "_stderr," not in key and _is_number(value)]
-    key = benchmark.metric if benchmark.metric in figures else named[0]
+    if not named:
+        return None
+    key = wanted if wanted in named else named[0]
     metric, _, filtered = key.partition(",")
     error = figures.get(f"{metric}_stderr,{filtered}")
     label = metric if filtered in ("none", "create_test") else f"{metric} ({filtered})"
@@ -196,10 +226,15 @@ def _is_number(value: Any) -> bool:
 _LINE = "{:<20}  {:<34}  {:>8}  {:>8}  {:>9}"
 
 
-def _print_line(name: str, benchmark: Benchmark, result: dict[str, Any]) -> None:
-    label, value, error = headline(benchmark, result)
-    shown = "" if error is None else f"{error:.4f}"
-    print(_LINE.format(name, label, f"{value:.4f}", shown, f"{result['questions']:,}"), flush=True)
+def _print_lines(name: str, benchmark: Benchmark, result: dict[str, Any]) -> None:
+    """A line for the benchmark, or for each of its tasks where it has no figure of its own."""
+    lines = [(name, _headline(benchmark.task, benchmark.metric, result), result["questions"])]
+    if lines[0][1] is None:
+        lines = [(task, _headline(task, "", result), count["effective"]) for task, count in result["n-samples"].items()]
+    for task, figure, questions in lines:
+        label, value, error = figure or ("no figure", float("nan"), None)
+        shown = "" if error is None else f"{error:.4f}"
+        print(_LINE.format(task, label, f"{value:.4f}", shown, f"{questions:,}"), flush=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from finetune.model.pickled import unpickled
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import write_tensors
 from finetune.model.weights import open_adapter, short_names, stored_weights
-from finetune.model.write import promise, write_companions, write_hf, write_paddle
+from finetune.model.write import Companions, promise, read_companions, write_companions, write_hf, write_paddle
 
 FORMATS = ("hf", "paddle", "peft", "gguf")
 
@@ -121,14 +121,14 @@ def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Writte
     weights = stored_weights(source)
     if dtype == "auto":
         dtype = weights[EMBEDDING].dtype.name if weights[EMBEDDING].dtype.name in DTYPES else "float32"
-    tokenizer = source.tokenizer_folder
     if format == "gguf":
         from finetune.export.gguf import write_gguf
 
-        write_gguf(source.config, weights, folder, dtype=dtype, tokenizer=tokenizer, name=Path(source.name).name)
+        name, tokenizer, generation = Path(source.name).name, source.tokenizer_folder, source.generation_file
+        write_gguf(source.config, weights, folder, dtype=dtype, tokenizer=tokenizer, generation=generation, name=name)
     else:
         write = write_hf if format == "hf" else write_paddle
-        write(source.config, weights, folder, dtype=dtype, tokenizer=tokenizer)
+        write(source.config, weights, folder, dtype=dtype, tokenizer=_companions(source))
     merged = None
     if source.lora:
         merged = f"adapter of rank {source.lora.rank} merged into {source.base.name}"
@@ -148,8 +148,13 @@ def _write_peft(source: ModelSource, folder: Path, dtype: str) -> Written:
     with new_folder(folder) as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(partial / "adapter_config.json", peft_config(settings, source.base.hub_or_folder, targets))
-        write_companions(partial, source.config, source.tokenizer_folder)
+        write_companions(partial, source.config, _companions(source))
     return _written(folder, "peft", dtype, [weight.shape for weight in adapter.values()], None)
+
+
+def _companions(source: ModelSource) -> Companions:
+    """An adapter may have a tokenizer of its own and leave the generation config to its base."""
+    return read_companions(source.config, source.tokenizer_folder, source.generation_file)
 
 
 def _written(folder: Path, format: str, dtype: str, shapes: list[tuple[int, ...]], merged: str | None) -> Written:

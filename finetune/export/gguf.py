@@ -23,7 +23,14 @@ _FILE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "
 
 
 def write_gguf(
-    facts: dict, weights: dict[str, Weight], folder: str | Path, *, dtype: str, tokenizer: Path, name: str
+    facts: dict,
+    weights: dict[str, Weight],
+    folder: str | Path,
+    *,
+    dtype: str,
+    tokenizer: Path,
+    generation: Path | None,
+    name: str,
 ) -> None:
     """Write `folder/model-<DTYPE>.gguf`, one tensor in memory at a time.
 
@@ -33,6 +40,7 @@ def write_gguf(
         folder: Must not exist, or be empty.
         dtype: float32, float16, bfloat16 or q8_0.
         tokenizer: Folder with the tokenizer.
+        generation: The model's generation_config.json, where it has one.
         name: The model's, for display.
 
     Raises:
@@ -43,7 +51,7 @@ def write_gguf(
     with new_folder(Path(folder)) as partial:
         writer = gguf.GGUFWriter(partial / f"model-{_FILE_NAMES[dtype]}.gguf", "qwen2")
         _add_facts(writer, gguf, facts, dtype, name)
-        _add_tokenizer(writer, gguf, facts, tokenizer)
+        _add_tokenizer(writer, gguf, facts, tokenizer, generation)
         names = _names(gguf, facts)
         kinds = {name: _kind(name, weight.shape, dtype) for name, weight in weights.items()}
         for name, weight in weights.items():
@@ -131,7 +139,7 @@ def _add_facts(writer, gguf, facts: dict, dtype: str, name: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer, gguf, facts: dict, folder: Path) -> None:
+def _add_tokenizer(writer, gguf, facts: dict, folder: Path, generation: Path | None) -> None:
     """Vocabulary, merges, special tokens and the chat template. Ids the tokenizer does not use become [PADn]."""
     tokenizer = Tokenizer.from_folder(folder)
     content = json.loads(tokenizer.backend.to_str())
@@ -156,8 +164,13 @@ def _add_tokenizer(writer, gguf, facts: dict, folder: Path) -> None:
     writer.add_token_list([tokens.get(number, f"[PAD{number}]") for number in range(size)])
     writer.add_token_types([kind(number) for number in range(size)])
     writer.add_token_merges(merges)
-    stops = generation_config(facts, folder).get("eos_token_id") or [tokenizer.eos_token_id]
+    stops = generation_config(facts, folder, generation).get("eos_token_id") or [tokenizer.eos_token_id]
     writer.add_eos_token_id(stops[0])
+    # Left out, llama.cpp takes 11 for it, which is a comma.
+    starts = [number for number, token in added.items() if token["content"] == "<|endoftext|>"]
+    bos = facts["bos_token_id"] if facts["bos_token_id"] is not None else next(iter(starts), None)
+    if bos is not None:
+        writer.add_bos_token_id(bos)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:

@@ -9,6 +9,7 @@ after the other under their names.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -305,6 +306,6 @@ def _save(talk: Talk, name: str) -> None:
     if not name:
         say("Name a file: /save FILE", style="red")
         return
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     talk.save(path)
     say(f"Appended to {path}.", style="dim")

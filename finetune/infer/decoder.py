@@ -14,7 +14,7 @@ therefore join or leave between any two tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -30,8 +30,12 @@ from finetune.model.memory import array_of  # noqa: E402
 
 # The cache grows by this many positions: one copy of the cache per 128 tokens, and no memory for tokens never made.
 _BLOCK = 128
-# Prompts are read in pieces of this many tokens, which bounds the attention scores to [B, heads, 512, capacity].
+# Prompts are read in pieces of at most this many tokens, and fewer or fewer rows at a time where the attention scores
+# would be more numbers than this: 512 MB in float32.
 _PIECE = 512
+_SCORES = 2**27
+# Below this width, padding a row costs less than going through the weights for it once more.
+_NARROW = 64
 # Rotary tables begin with this many positions and double when a longer row comes.
 _FIRST_POSITIONS = 2048
 
@@ -58,6 +62,11 @@ class KVCache:
         """[B * kv_heads * capacity, head_dim] as [B, kv_heads, capacity, head_dim]."""
         return stored.reshape([len(self.lengths), self.kv_heads, self.capacity, self.head_dim])
 
+    def part(self, stored: paddle.Tensor, first: int, rows: int, length: int) -> paddle.Tensor:
+        """The first `length` positions of some rows as [rows, kv_heads, length, head_dim]."""
+        whole = self.view(stored)
+        return whole if whole.shape[::2] == [rows, length] else whole[first : first + rows, :, :length]
+
     def reserve(self, length: int) -> None:
         """Make room for `length` positions in every row."""
         if length <= self.capacity:
@@ -70,10 +79,16 @@ class KVCache:
         self.capacity = capacity
 
     def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order; a row may be named more than once."""
-        index = paddle.to_tensor(rows, dtype="int64")
-        self._replace(lambda stored: paddle.index_select(self.view(stored), index, axis=0))
-        self.lengths = self.lengths[rows]
+        """Keep these rows, in this order; a row may be named more than once. What only longer rows needed is freed."""
+        index, lengths = paddle.to_tensor(rows, dtype="int64"), self.lengths[rows]
+        capacity = min(self.capacity, capacity_for(int(lengths.max()) + 1))
+
+        def kept(stored: paddle.Tensor) -> paddle.Tensor:
+            rows = paddle.index_select(self.view(stored), index, axis=0)
+            return rows if capacity == self.capacity else rows[:, :, :capacity].contiguous()
+
+        self._replace(kept)
+        self.lengths, self.capacity = lengths, capacity
 
     def extend(self, other: KVCache) -> None:
         """Append the rows of `other`, which is used up."""
@@ -126,26 +141,30 @@ class Decoder:
         return paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
 
     def read(self, prompts: list[np.ndarray]) -> tuple[KVCache, paddle.Tensor]:
-        """Read prompts, each int64 [L_i], in one pass over the weights per 512 tokens.
+        """Read prompts, each int64 [L_i], in one pass over the weights per 512 tokens of rows of like length.
 
         Returns:
             A cache of len(prompts) rows; the logits after each prompt's last token, float32 [B, V].
         """
         with paddle.no_grad():
-            lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-            longest = int(lengths.max())
+            # Longest first, so that the rows which still have something to read are always the first ones.
+            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+            lengths = np.array([len(prompts[i]) for i in order], dtype=np.int64)
+            longest = int(lengths[0])
             ids = np.zeros([len(prompts), longest], dtype=np.int64)
-            for row, prompt in enumerate(prompts):
-                ids[row, : len(prompt)] = prompt
+            for row, i in enumerate(order):
+                ids[row, : lengths[row]] = prompts[i]
             layers = len(self.body.layers)
             cache = KVCache(layers, len(prompts), self.kv_heads, self.head_dim, longest + 1, self.dtype)
             last: list[paddle.Tensor | None] = [None] * len(prompts)
-            for start in range(0, longest, _PIECE):
-                piece = ids[:, start : start + _PIECE]
-                hidden = self._forward(piece, np.full(len(prompts), start, dtype=np.int64), cache)
-                for row in np.flatnonzero((lengths - 1) // _PIECE == start // _PIECE):
-                    last[row] = hidden[int(row), int(lengths[row]) - 1 - start]
+            for first, end, start, stop in _pieces(lengths, self.heads):
+                hidden = self._forward(ids[first:end, start:stop], np.full(end - first, start), cache, first)
+                for row in range(first, end):
+                    if start < lengths[row] <= stop:
+                        last[order[row]] = hidden[row - first, int(lengths[row]) - 1 - start]
             cache.lengths = lengths
+            if order != sorted(order):
+                cache.select(np.argsort(order).tolist())
             return cache, self._logits(paddle.stack(last))
 
     def step(self, tokens: list[int], cache: KVCache) -> paddle.Tensor:
@@ -170,15 +189,21 @@ class Decoder:
         logits = self.lm_head(self._last_norm(hidden))
         return logits if logits.dtype == paddle.float32 else logits.astype("float32")
 
-    def _forward(self, ids: np.ndarray, starts: np.ndarray, cache: KVCache) -> paddle.Tensor:
-        """Run the layers on ids [B, T], row b at positions starts[b] .. starts[b] + T - 1; hidden states [B, T, H]."""
+    def _forward(self, ids: np.ndarray, starts: np.ndarray, cache: KVCache, first: int = 0) -> paddle.Tensor:
+        """Run the layers on ids [B, T]; hidden states [B, T, H].
+
+        Args:
+            starts: Row b is at positions starts[b] .. starts[b] + T - 1.
+            first: The cache's row that ids[0] belongs to; the others follow.
+        """
         rows, width = ids.shape
         positions = starts[:, None] + np.arange(width)  # [B, T]
         self._make_room(cache, int(positions.max()) + 1)
         # Slot of (row, position, kv head) in the stored [B * kv_heads * capacity, head_dim]; order as k_proj gives it.
-        stretch = np.arange(rows * self.kv_heads).reshape(rows, 1, self.kv_heads) * cache.capacity
-        slots = paddle.to_tensor((stretch + positions[:, :, None]).reshape(-1))
-        mask, where = self._mask(positions, cache.capacity), paddle.to_tensor(positions)
+        stretch = (first + np.arange(rows))[:, None, None] * self.kv_heads + np.arange(self.kv_heads)
+        slots = paddle.to_tensor((stretch * cache.capacity + positions[:, :, None]).reshape(-1))
+        seen = cache.capacity if width == 1 else capacity_for(int(positions.max()) + 1)
+        mask, where = self._mask(positions, seen), paddle.to_tensor(positions)
         hidden = F.embedding(paddle.to_tensor(ids), self.body.embed_tokens.weight)
         groups = self.heads // self.kv_heads
         q_shape = [rows, self.kv_heads, groups, self.head_dim]
@@ -190,7 +215,8 @@ class Decoder:
             q = self._rotate(layer.q(x).reshape(q_shape), *turn_q)
             paddle.scatter_(keys, slots, self._rotate(layer.k(x).reshape([-1, self.head_dim]), *turn_k))
             paddle.scatter_(values, slots, layer.v(x).reshape([-1, self.head_dim]))
-            hidden = hidden + layer.o(self._attend(q, cache.view(keys), cache.view(values), mask))
+            mixed = self._attend(q, *(cache.part(stored, first, rows, seen) for stored in (keys, values)), mask)
+            hidden = hidden + layer.o(mixed)
             x = layer.middle_norm(hidden)
             hidden = hidden + layer.down(F.silu(layer.gate(x)) * layer.up(x))
         return hidden
@@ -284,3 +310,26 @@ def _rms_norm(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
 def capacity_for(length: int) -> int:
     """Positions that a cache holds per row when its longest row needs `length`."""
     return -(-length // _BLOCK) * _BLOCK
+
+
+def _pieces(lengths: np.ndarray, heads: int) -> Iterator[tuple[int, int, int, int]]:
+    """How prompts are read: (first row, row after the last, first position, position after the last).
+
+    Every pass takes rows of like length, no more of them than `_SCORES` allows, and none that has ended.
+
+    Args:
+        lengths: Of the prompts, int64 [B], longest first.
+        heads: Query heads, each with a score for every pair of positions.
+    """
+    longest = int(lengths[0])
+    piece = min(_PIECE, max(1, _SCORES // (heads * capacity_for(longest))))
+    for start in range(0, longest, piece):
+        left = lengths[lengths > start] - start
+        first = 0
+        while first < len(left):
+            width = min(piece, int(left[first]))
+            most = max(1, _SCORES // (heads * width * capacity_for(start + width)))
+            like = len(left) if width <= _NARROW else int((left > width // 2).sum())
+            end = min(first + most, like)
+            yield first, end, start, start + width
+            first = end

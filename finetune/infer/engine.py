@@ -62,7 +62,11 @@ class Request:
 
 @dataclass
 class Row:
-    """One answer in the making. Depends on its own logits and its own random generator only."""
+    """One answer in the making. Depends on its own logits and its own random generator only.
+
+    Attributes:
+        error: What went wrong while its next token was chosen. It is finished then, and has no output.
+    """
 
     request: Request
     sample: int
@@ -73,6 +77,7 @@ class Row:
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    error: Exception | None = None
 
     def __post_init__(self):
         seed = self.request.sampling.seed
@@ -165,6 +170,13 @@ class Row:
         ]
 
     def output(self) -> Output:
+        """The whole answer.
+
+        Raises:
+            Exception: `error`, where there is one.
+        """
+        if self.error is not None:
+            raise self.error
         logprobs = self.logprobs if self.request.sampling.logprobs is not None else None
         return Output(self.tokens, self.text, self.finish_reason or "length", logprobs, len(self.request.prompt))
 
@@ -253,8 +265,15 @@ class Engine:
         Raises:
             DataError: as `generate`.
         """
-        ids = np.asarray(prompt, dtype=np.int64).reshape(-1)
         vocabulary = self.decoder.vocab_size
+        try:
+            ids = np.asarray(prompt, dtype=np.int64).reshape(-1)
+        except OverflowError as error:
+            raise DataError(
+                f"the prompt holds a number beyond 64 bits, and the model has {vocabulary} tokens",
+                where=f"prompt {index + 1}",
+                fix="Give token ids.",
+            ) from error
         if len(ids) == 0:
             raise DataError("the prompt is empty", where=f"prompt {index + 1}", fix="Give at least one token.")
         if len(ids) >= self.context:
@@ -385,21 +404,23 @@ def _advance(rows: list[Row], logits, source: Sequence[int]) -> None:
 
     Where every row only wants the likeliest token and the logits are on a GPU, only the tokens are copied from it.
     """
+    scores = None
     if not logits.place.is_cpu_place() and all(row.likeliest for row in rows):
         tokens = logits.argmax(axis=-1).tolist()
-        for row, i in zip(rows, source):
-            row.accept(tokens[i])
-        return
-    scores = logits.numpy()
-    tokens = scores.argmax(axis=-1)
-    # argmax stops at the first NaN, so that one look at the largest finds it.
-    if np.isnan(scores[np.arange(len(scores)), tokens]).any():
-        raise FinetuneError(
-            "the model's output is not a number (NaN)",
-            fix="The weights are damaged or the training diverged: try an earlier checkpoint.",
-        )
+    else:
+        scores = logits.numpy()
+        tokens = scores.argmax(axis=-1)
+        # argmax stops at the first NaN, so that one look at the largest finds it.
+        if np.isnan(scores[np.arange(len(scores)), tokens]).any():
+            raise FinetuneError(
+                "the model's output is not a number (NaN)",
+                fix="The weights are damaged or the training diverged: try an earlier checkpoint.",
+            )
     for row, i in zip(rows, source):
-        if row.likeliest:
-            row.accept(int(tokens[i]))
-        else:
-            row.advance(scores[i])
+        try:
+            if scores is None or row.likeliest:
+                row.accept(int(tokens[i]))
+            else:
+                row.advance(scores[i])
+        except Exception as error:  # its settings are its own, and so is what they lead to: the others go on
+            row.error, row.finish_reason = error, "error"

@@ -83,7 +83,7 @@ def generate(
         work.answer(open_model(source, pack=True).engine, reader.file(Path(input), skip), sys.stdout)
         return
     settings = [asdict(sampling), system, raw, on_bad_row]
-    identity = {"input": hash_file(Path(input)), "model": hash_model(source), "settings": settings}
+    identity = {"input": hash_file(Path(input)), "model": hash_model(source, Path(output)), "settings": settings}
     with resuming(Path(output), work.count, json.loads(json.dumps(identity))) as partial:
         if not partial.done.all():
             work.resume(open_model(source, pack=True).engine, reader.file(Path(input), skip), partial)

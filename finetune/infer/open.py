@@ -80,11 +80,7 @@ def read_generation_config(source: ModelSource) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is not a JSON object, or has a value that makes no sense.
     """
-    config: dict[str, Any] = {}
-    for folder in (source.folder, source.base.folder if source.base else source.folder):
-        if (folder / "generation_config.json").is_file():
-            config = config_of(folder / "generation_config.json")
-            break
+    config: dict[str, Any] = config_of(source.generation_file) if source.generation_file else {}
     for name in ("eos_token_id", "pad_token_id"):
         if config.get(name) is None:
             config[name] = source.config.get(name)

@@ -1,7 +1,8 @@
 """Answers on their way into an output file: kept as they come, so that an interrupted run goes on where it stopped.
 
 They stand in `.<name>.partial` beside the output, in the order in which they finished; the first line says what they
-answer. The output appears whole, in the order of the input, when the last answer is there.
+answer. The output appears whole, in the order of the input, when the last answer is there. A device or a pipe as output
+is written to as it is, and nothing is kept beside it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 
 from finetune.errors import ArgumentError
-from finetune.model.resolve import ModelSource
+from finetune.model.resolve import HUB_PATTERNS, ModelSource
 from finetune.report.console import say
 
 
@@ -82,19 +84,21 @@ def resuming(output: Path, rows: int, identity: dict[str, Any]) -> Iterator[Part
     Raises:
         ArgumentError: the folder cannot be written, or another process answers into the same output.
     """
-    sidecar = output.with_name(f".{output.name}.partial")
+    sidecar = None if _is_special(output) else output.with_name(f".{output.name}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with sidecar.open("a+b") as file:
+        with sidecar.open("a+b") if sidecar else tempfile.TemporaryFile() as file:
             _lock(file, output)
             partial = _begin(file, rows, identity)
             try:
                 yield partial
             except BaseException:
-                _say_kept(sidecar, partial, rows)
+                if sidecar:
+                    _say_kept(sidecar, partial, rows)
                 raise
             _write_output(output, partial)
-            sidecar.unlink()
+            if sidecar:
+                sidecar.unlink()
     except OSError as error:
         raise ArgumentError(
             f"the file cannot be written: {error.strerror or error}",
@@ -148,9 +152,19 @@ def _write_output(output: Path, partial: PartialAnswers) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when it is complete."""
+    """A text file that takes the place of `path` when it is complete: of what a link points to, not of the link.
+
+    A device or a pipe, such as /dev/stdout, is written to as it is: replaced, it would be gone for everyone.
+    """
+    special = _is_special(path)
+    if path.is_symlink() and not special:
+        path = Path(os.path.realpath(path))  # unlike Path.resolve, takes links in a circle too
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
+        if special:
+            with path.open("w", encoding="utf-8") as file:
+                yield file
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         with new.open("w", encoding="utf-8") as file:
             yield file
@@ -164,7 +178,13 @@ def replacing(path: Path) -> Iterator[IO[str]]:
             fix="Choose another place, or free some space.",
         ) from error
     finally:
-        new.unlink(missing_ok=True)
+        if not special:
+            new.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it is there and cannot be replaced: a device, a pipe, a folder."""
+    return path.exists() and not path.is_file()
 
 
 def hash_file(path: Path) -> str:
@@ -176,13 +196,17 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_model(source: ModelSource) -> str:
-    """Tells apart the files of a model and its base: names, sizes and times of change, not their whole content."""
+def hash_model(source: ModelSource, output: Path) -> str:
+    """Tells apart the files of a model and its base: names, sizes and times of change, not their whole content.
+
+    Only files that a model is made of: `output`, and what is kept beside it, may lie in the same folder.
+    """
     folders = [source.folder] + ([source.base.folder] if source.base else [])
     files = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
         for folder in folders
         for file in sorted(folder.iterdir())
-        if file.is_file()
+        if any(file.match(pattern) for pattern in HUB_PATTERNS) and not file.name.startswith(".")
+        if file.is_file() and file.resolve() != output.resolve()
     ]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

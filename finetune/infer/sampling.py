@@ -19,6 +19,8 @@ MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE = 32, 256  # of the server
+# Scores divided by less overflow; as in vLLM, such a temperature means the likeliest token.
+_LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Sampling:
     Attributes:
         max_new_tokens: Most tokens to add; the model's context may end a row earlier.
         min_new_tokens: No stop token is chosen before this many.
-        temperature: 0 takes the likeliest token (greedy); above 0 draws.
+        temperature: 0 takes the likeliest token (greedy); above 0 draws. Below 1e-5 becomes 0.
         top_p: Keep the likeliest tokens whose probabilities sum to this; 1 keeps all.
         top_k: Keep this many of the likeliest tokens; 0 keeps all.
         min_p: Drop tokens less likely than this share of the likeliest one; 0 keeps all.
@@ -66,6 +68,8 @@ class Sampling:
         ]
         if faults:
             raise ArgumentError.of(faults)
+        if self.temperature < _LEAST_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
 
     @property
     def penalized(self) -> bool:
@@ -111,11 +115,11 @@ def _given(value, default):
     return default if value is None else value
 
 
-def _number(low: float, high: float = float("inf"), *, open_low: bool = False):
+def _number(low: float, high: float):
     def valid(value) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             return False
-        return (low < value if open_low else low <= value) and value <= high and value != float("inf")
+        return low <= value <= high
 
     return valid
 
@@ -132,11 +136,11 @@ def _whole(low: int, high: float = float("inf"), *, optional: bool = False):
 _RANGES = {
     "max_new_tokens": (_whole(1), "a whole number of at least 1"),
     "min_new_tokens": (_whole(0), "a whole number of at least 0"),
-    "temperature": (_number(0), "0 (greedy) or a positive number"),
+    "temperature": (_number(0, 1e6), "0 (greedy) or a positive number up to 1000000"),
     "top_p": (_number(0, 1), "a number from 0 to 1"),
     "top_k": (_whole(0), "0 (off) or a positive whole number"),
     "min_p": (_number(0, 1), "a number from 0 to 1"),
-    "repetition_penalty": (_number(0, open_low=True), "a positive number; 1 is off"),
+    "repetition_penalty": (_number(1e-3, 1e3), "a number from 0.001 to 1000; 1 is off"),
     "presence_penalty": (_number(-2, 2), "a number from -2 to 2"),
     "frequency_penalty": (_number(-2, 2), "a number from -2 to 2"),
     "seed": (_whole(0, optional=True), "a whole number of at least 0"),

@@ -185,7 +185,7 @@ class Scheduler:
                 try:
                     self._turn(gone)
                 except Exception as error:
-                    self._broken(error)
+                    self._fail(_described(error))
 
     def _turn(self, gone: list[Row]) -> None:
         """One token for every row, after those who leave and those who come."""
@@ -240,6 +240,12 @@ class Scheduler:
         news: list[tuple[Ticket, Event]] = []
         for row in rows:
             ticket, prompt = row.request.index
+            if row.error is not None:
+                self.cancel(ticket)
+                ticket.left = 0
+                news.append((ticket, _described(row.error)))
+            if ticket.cancelled:
+                continue
             if not ticket.started:
                 ticket.started = True
                 self.metrics.first_token_seconds.observe(time.monotonic() - ticket.submitted)
@@ -279,11 +285,13 @@ class Scheduler:
                 ticket.left = 0
         self._send([(ticket, error) for ticket in tickets])
 
-    def _broken(self, error: Exception) -> None:
-        if not isinstance(error, FinetuneError):
-            say("".join(traceback.format_exception(error)), style="red")
-            error = FinetuneError(f"the engine failed ({type(error).__name__})", fix="The server's log says where.")
-        self._fail(error)
+
+def _described(error: Exception) -> FinetuneError:
+    """What clients are told; the server's log has the rest."""
+    if isinstance(error, FinetuneError):
+        return error
+    say("".join(traceback.format_exception(error)), style="red")
+    return FinetuneError(f"the engine failed ({type(error).__name__})", fix="The server's log says where.")
 
 
 def _ticket(row: Row) -> Ticket:

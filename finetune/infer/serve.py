@@ -27,6 +27,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from finetune.errors import ArgumentError, FinetuneError
 from finetune.infer.metrics import CONTENT_TYPE, Metrics
@@ -172,6 +173,7 @@ def build_app(
     app.state.scheduler = scheduler
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _fault)
     reader = RequestReader(
         opened,
@@ -203,14 +205,21 @@ class _Endpoints:
         self._scheduler, self._metrics, self._reader, self._tokens = scheduler, metrics, reader, tokens
         self._api_key = api_key
         self._created = int(time.time())
+        self._reading = asyncio.Lock()
 
     async def chat(self, request: Request) -> Response:
         self._authorize(request)
-        return await self._answer(request, self._reader.chat(await _read_json(request)), ChatReply)
+        return await self._answer(request, await self._read(self._reader.chat, request), ChatReply)
 
     async def completion(self, request: Request) -> Response:
         self._authorize(request)
-        return await self._answer(request, self._reader.completion(await _read_json(request)), TextReply)
+        return await self._answer(request, await self._read(self._reader.completion, request), TextReply)
+
+    async def _read(self, read: Callable[[Any], Plan], request: Request) -> Plan:
+        """The plan of a request. A long text takes seconds to tokenize, in which the others' news must go out."""
+        body = await _read_json(request)
+        async with self._reading:
+            return await asyncio.to_thread(read, body)
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
@@ -256,8 +265,7 @@ class _Endpoints:
             raise _engine_error(error) from error
         finally:
             self._leave(ticket)
-        # 499 is what web servers write down for a client that has gone; nobody reads this answer.
-        return Response(status_code=499) if answer is None else JSONResponse(answer)
+        return await _gone(request) if answer is None else JSONResponse(answer)
 
     async def _stream(self, ticket: Ticket, reply: ChatReply | TextReply) -> AsyncIterator[str]:
         try:
@@ -336,6 +344,11 @@ async def _http_error(_: Request, error: HTTPException) -> Response:
     text = {404: "There is no such path.", 405: "This path does not take this method."}
     answer = ApiError(error.status_code, text.get(error.status_code, str(error.detail)))
     return JSONResponse(answer.body, answer.status, headers=error.headers)
+
+
+async def _gone(_: Request, error: Exception | None = None) -> Response:
+    """499 is what web servers write down for a client that has gone; nobody reads this answer."""
+    return Response(status_code=499)
 
 
 async def _fault(_: Request, error: Exception) -> Response:

@@ -62,9 +62,15 @@ class ModelSource:
         return self.folder
 
     @property
+    def generation_file(self) -> Path | None:
+        """generation_config.json: the adapter's own where it has one, else the base's; None where there is none."""
+        file = self.folder / "generation_config.json"
+        return file if file.is_file() else self.base.generation_file if self.base else None
+
+    @property
     def hub_or_folder(self) -> str:
         """How an adapter trained on this model names it: the hub id, or the absolute folder."""
-        return str(self.folder.resolve()) if os.path.exists(self.name) else self.name
+        return str(self.folder.resolve()) if os.path.exists(os.path.expanduser(self.name)) else self.name
 
 
 def resolve_model(name: str | Path) -> ModelSource:

@@ -54,6 +54,9 @@ class Entry:
 class TensorFolder:
     """The tensors of one safetensors file, or of the shards an index names.
 
+    NumPy has no bfloat16: PaddleNLP saves its bits as U16, in files whose format is `np` or not said, and reads them as
+    bfloat16 again. So does this; what is written here says BF16.
+
     Args:
         folder: The model or adapter folder. Nothing outside of it is read.
         stem: Name before `.safetensors` or `.safetensors.index.json`.
@@ -131,29 +134,30 @@ class TensorFolder:
             raise _damaged(path, "its header is not a JSON object")
         metadata = header.pop("__metadata__", {})
         self.metadata = metadata if isinstance(metadata, dict) else {}
-        entries = {name: _entry(path, name, value, 8 + length) for name, value in header.items()}
+        dtypes = DTYPES | {"U16": DTYPES["BF16"]} if self.metadata.get("format", "np") == "np" else DTYPES
+        entries = {name: _entry(path, name, value, 8 + length, dtypes) for name, value in header.items()}
         _check_extents(path, entries.values(), 8 + length, size)
         return entries
 
 
-def _entry(path: Path, name: str, value: object, data_start: int) -> Entry:
+def _entry(path: Path, name: str, value: object, data_start: int, dtypes: dict[str, np.dtype]) -> Entry:
     """Check one line of the header against itself."""
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, start, end]
-        if dtype not in DTYPES:
+        if dtype not in dtypes:
             raise CheckpointError(
                 f"tensor {name!r} is stored as {str(dtype)[:20]}, which is not supported",
                 where=str(path),
                 fix="Supported for weights: F32, F16, BF16.",
             )
         good = all(type(number) is int and 0 <= number < 2**62 for number in numbers) and len(shape) <= 8
-        nbytes = prod(shape) * DTYPES[dtype].itemsize if good else -1
+        nbytes = prod(shape) * dtypes[dtype].itemsize if good else -1
     except (TypeError, KeyError, ValueError) as error:
         raise _damaged(path, f"the header entry of {name[:100]!r} is not one") from error
     if not good or end - start != nbytes:
         raise _damaged(path, f"tensor {name[:100]!r} has a size that its shape and dtype do not give")
-    return Entry(path, DTYPES[dtype], tuple(shape), data_start + start, nbytes)
+    return Entry(path, dtypes[dtype], tuple(shape), data_start + start, nbytes)
 
 
 def _check_extents(path: Path, entries: Iterable[Entry], data_start: int, size: int) -> None:

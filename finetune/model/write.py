@@ -124,12 +124,13 @@ def cast(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
     return result
 
 
-def read_companions(facts: dict, tokenizer: Path | None) -> Companions:
+def read_companions(facts: dict, tokenizer: Path | None, generation: Path | None = None) -> Companions:
     """The files that stand beside weights, by name: the tokenizer's as they are, and generation_config.json.
 
     Args:
         facts: The model's, for its end tokens.
         tokenizer: Folder with the tokenizer, and perhaps the generation config the model came with.
+        generation: That file (`ModelSource.generation_file`), where it may be in another folder.
 
     Raises:
         CheckpointError: one cannot be read, or is a link to a place outside of the folder.
@@ -141,7 +142,7 @@ def read_companions(facts: dict, tokenizer: Path | None) -> Companions:
                 found[name] = within(name, tokenizer).read_bytes()
             except OSError as error:
                 raise CheckpointError(f"cannot be read: {error.strerror}", where=str(tokenizer / name)) from error
-    found["generation_config.json"] = json_text(generation_config(facts, tokenizer)).encode()
+    found["generation_config.json"] = json_text(generation_config(facts, tokenizer, generation)).encode()
     return found
 
 
@@ -152,14 +153,14 @@ def write_companions(folder: Path, facts: dict, tokenizer: Path | Companions | N
         (folder / name).write_bytes(content)
 
 
-def generation_config(facts: dict, tokenizer: Path | None) -> dict:
+def generation_config(facts: dict, tokenizer: Path | None, generation: Path | None = None) -> dict:
     """The generation config a model came with, its end tokens completed by those of the chat template.
 
     A base model has only `<|endoftext|>`; tuned on chats it ends its turns with `<|im_end|>` and has to stop there.
+    Arguments as for `read_companions`.
     """
-    found: dict = {}
-    if tokenizer and (tokenizer / "generation_config.json").exists():
-        found = read_generation_config(tokenizer / "generation_config.json")
+    generation = generation or (tokenizer and tokenizer / "generation_config.json")
+    found = read_generation_config(generation) if generation and generation.exists() else {}
     special = special_tokens(tokenizer) if tokenizer else {}
     stops = [special[token] for token in CHAT_STOPS if token in special]
     for value in (found.get("eos_token_id"), facts["eos_token_id"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -200,7 +201,7 @@ def _refuse_to_delete_inputs(prepared: Prepared, output: Path) -> None:
     """A run that starts anew deletes final/ and checkpoints/. Make sure that it does not train from them."""
     sources = {"model.path": prepared.source, "the base of model.path": prepared.source.base}
     dpo = prepared.recipe.dpo
-    if dpo is not None and dpo.reference is not None and Path(dpo.reference).expanduser().exists():
+    if dpo is not None and dpo.reference is not None and os.path.exists(os.path.expanduser(dpo.reference)):
         reference = resolve_model(dpo.reference)
         sources |= {"dpo.reference": reference, "the base of dpo.reference": reference.base}
     doomed = [(output / name).resolve() for name in ("final", "checkpoints")]

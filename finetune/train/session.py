@@ -37,7 +37,8 @@ class Session:
         if prepared.stream is not None:  # so that rows are there when the model is
             prepared.stream.start(_position(start, world))
         # Read now: the model's folder may be gone before the run ends.
-        self._companions = read_companions(prepared.source.config, prepared.source.tokenizer_folder)
+        source = prepared.source
+        self._companions = read_companions(source.config, source.tokenizer_folder, source.generation_file)
         self.model, self.dtype = _build_model(prepared, start)
         self.device = device()
         parameters = trainable_parameters(self.model)

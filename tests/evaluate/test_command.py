@@ -42,8 +42,51 @@ def test_a_name_that_is_no_task(model, capsys):
     assert "'gsm8' is not a task" in error and "gsm8k" in error
 
 
-def test_programs_of_the_model_run_only_when_allowed(model, capsys):
-    assert finetune("evaluate", model, "--tasks", "HumanEval") == 2
+def test_a_tag_and_a_group_without_a_sum_have_a_line_for_each_of_their_tasks(model, tmp_path, capsys):
+    include, output = write_tasks(tmp_path / "tasks", count=4), tmp_path / "figures.json"
+    for name in ("sums_choice", "sums_text"):
+        with (include / f"{name}.yaml").open("a") as file:
+            file.write("tag: sums_tag\n")
+    (include / "group.yaml").write_text("group: sums_group\ntask: [sums_answer, sums_whole]\n")
+    command = ("evaluate", model, "--include", include, "--output", output)
+    assert finetune(*command, "--tasks", "sums_tag,sums_group") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["task", "sums_choice", "sums_text", "sums_answer", "sums_whole"]
+    assert all(line.split()[-1] == "4" for line in lines[1:])
+    figures = json.loads(output.read_text())["tasks"]
+    assert figures["sums_tag"]["questions"] == figures["sums_group"]["questions"] == 8
+
+
+def test_figures_are_written_before_they_are_shown(model, tmp_path, monkeypatch):
+    include, output = write_tasks(tmp_path / "tasks", count=4), tmp_path / "figures.json"
+
+    def fail(*arguments):
+        raise RuntimeError("the terminal is gone")
+
+    monkeypatch.setattr("finetune.evaluate.run._print_lines", fail)
+    assert finetune("evaluate", model, "--tasks", "sums_text", "--include", include, "--output", output) == 1
+    assert json.loads(output.read_text())["tasks"]["sums_text"]["questions"] == 4
+
+
+@pytest.mark.parametrize("task", ["HumanEval", "humaneval_instruct", "mbpp", "mbpp_instruct"])
+def test_programs_of_the_model_run_only_when_allowed(task, model, capsys):
+    assert finetune("evaluate", model, "--tasks", task) == 2
+    assert "--allow-code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        "group: mixed\ntask: [sums_text, coded]\n",
+        "group: mixed\ntask:\n  - group: inside\n    task:\n      - {task: coded, num_fewshot: 0}\n",
+        "group: mixed\ntask:\n  - {task: sums_text, unsafe_code: true}\n",
+    ],
+)
+def test_a_group_that_holds_such_a_task_runs_only_when_allowed(group, model, tmp_path, capsys):
+    include = write_tasks(tmp_path / "tasks", count=4)
+    (include / "coded.yaml").write_text("include: sums_text.yaml\ntask: coded\nunsafe_code: true\n")
+    (include / "group.yaml").write_text(group)
+    assert finetune("evaluate", model, "--tasks", "mixed", "--include", include) == 2
     assert "--allow-code" in capsys.readouterr().err
 
 

@@ -92,6 +92,60 @@ def test_prompts_longer_than_one_piece_are_read_alike(engine, model, monkeypatch
     assert [output.tokens for output in outputs] == [tokens[:5] for tokens in expected]
 
 
+@pytest.mark.parametrize("scores", [6 * 7 * 640, 6 * 40, 2**27])
+def test_the_memory_of_scores_is_bounded_and_answers_stay(engine, monkeypatch, prompts, expected, scores):
+    """The bound splits rows, then the piece of a single row."""
+    monkeypatch.setattr("finetune.infer.decoder._SCORES", scores)
+    monkeypatch.setattr("finetune.infer.decoder._NARROW", 4)
+    largest = []
+    mask = engine.decoder._mask
+
+    def watched(positions, capacity):
+        largest.append(positions.size * capacity * engine.decoder.heads if positions.shape[1] > 1 else 0)
+        return mask(positions, capacity)
+
+    monkeypatch.setattr(engine.decoder, "_mask", watched)
+    outputs = engine.generate(prompts, Sampling(max_new_tokens=5))
+    assert [output.tokens for output in outputs] == [tokens[:5] for tokens in expected]
+    assert max(largest) <= scores
+
+
+def test_short_prompts_are_not_padded_to_the_longest_that_joins_with_them(engine, model, monkeypatch, prompts):
+    read = []
+    forward = engine.decoder._forward
+
+    def counted(ids, *arguments):
+        read.append(ids.size)
+        return forward(ids, *arguments)
+
+    monkeypatch.setattr(engine.decoder, "_forward", counted)
+    long = np.random.default_rng(2).integers(0, 400, 620)
+    joining = [np.array(prompts[0]), long, *(np.array(prompts[i]) for i in (1, 3, 7))]
+    _, logits = engine.decoder.read(joining)
+    assert sum(read) == 620 + 4 * 17
+    own = np.stack([slow_logits(model, prompt.tolist()) for prompt in joining])
+    np.testing.assert_allclose(logits.numpy(), own, atol=2e-5)
+    read.clear()
+    engine.decoder.read([np.array(prompts[1])] * 8)
+    assert read == [8 * 17]
+
+
+def test_the_cache_shrinks_when_a_long_row_leaves(engine, prompts, expected):
+    from finetune.infer.engine import Batch
+
+    batch = Batch(engine)
+    long = np.random.default_rng(2).integers(0, 400, 600).tolist()
+    batch.join([engine.request(long, Sampling(max_new_tokens=2), 9)])
+    batch.join([engine.request(prompts[i], Sampling(max_new_tokens=10), i) for i in (0, 1)])
+    assert batch._cache.capacity == 640
+    batch.step()
+    assert batch._cache.capacity == 128
+    done = {}
+    while batch.rows:
+        done.update({row.request.index: row.tokens for row in batch.step()})
+    assert done == {index: expected[index][:10] for index in (0, 1)}
+
+
 def test_rows_join_and_leave_a_running_batch(engine, prompts, expected):
     from finetune.infer.engine import Batch
 

@@ -205,6 +205,56 @@ def test_what_changed_starts_over_and_says_so(
     assert len(answers(tmp_path / "out.jsonl")) == (6 if changed == "input" else 5)
 
 
+def test_answers_beside_the_model_are_gone_on_with(tiny_untied_folder, rows, tmp_path, stop_after, monkeypatch, capsys):
+    """The output's own folder may be the model's: what is kept there, and an older output, are no part of the model."""
+    import shutil
+
+    model = shutil.copytree(tiny_untied_folder, tmp_path / "model")
+    settings = {"input": rows, "output": model / "answers.json", "max_new_tokens": 4}
+    stop_after(3)
+    with pytest.raises(Interrupted):
+        generate(str(model), **settings)
+    monkeypatch.undo()
+    (model / "answers.json").write_text("of another run")
+    (model / ".cache.json").write_text("{}")
+    (model / "notes.md").write_text("mine")
+    stop_after(2)
+    generate(str(model), **settings)
+    assert "3 of 5 answers are there" in " ".join(capsys.readouterr().err.split())
+    assert len(answers(model / "answers.json")) == 5
+
+
+@pytest.mark.parametrize("asked", ["prompt", "rows"])
+def test_a_pipe_is_written_to_and_stays(tiny_untied_folder, rows, tmp_path, asked):
+    """As /dev/null and /dev/stdout."""
+    import threading
+
+    place = tmp_path / "place"
+    place.mkdir()
+    os.mkfifo(place / "pipe")
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append((place / "pipe").read_text()), daemon=True)
+    reader.start()
+    what = {"prompt": "Hello"} if asked == "prompt" else {"input": rows}
+    generate(str(tiny_untied_folder), **what, output=place / "pipe", max_new_tokens=2)
+    assert (place / "pipe").is_fifo()
+    reader.join(10)
+    assert len(read[0].splitlines()) == (1 if asked == "prompt" else len(ROWS))
+    assert [path.name for path in place.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_points_to_is_replaced(tiny_untied_folder, rows, tmp_path, there):
+    (tmp_path / "elsewhere").mkdir()
+    target, link = tmp_path / "elsewhere" / "answers.jsonl", tmp_path / "link.jsonl"
+    if there:
+        target.write_text("old\n")
+    link.symlink_to(target)
+    generate(str(tiny_untied_folder), input=rows, output=link, max_new_tokens=2)
+    assert link.is_symlink() and not target.is_symlink()
+    assert len(answers(target)) == len(ROWS)
+
+
 def test_two_processes_do_not_write_one_output(tiny_untied_folder, rows, tmp_path):
     import fcntl
 

@@ -74,6 +74,15 @@ def test_greedy_takes_the_largest_and_needs_no_generator():
     assert choose(scores(1), Sampling(), None) == scores(1).argmax()
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.5}, {"min_p": 0.5}, {"top_k": 3}])
+def test_a_temperature_too_small_to_divide_by_is_greedy(settings):
+    sampling = Sampling(temperature=1e-40, **settings)
+    assert sampling.temperature == 0.0
+    assert choose(scores(1), sampling, np.random.default_rng(0)) == scores(1).argmax()
+    least = Sampling(temperature=1e-5, **settings)
+    assert choose(scores(1), least, np.random.default_rng(0)) == scores(1).argmax()
+
+
 def test_draws_follow_the_probabilities():
     sampling = Sampling(temperature=1.0, top_k=4)
     values = scores(2, size=12, spread=1.0)
@@ -116,7 +125,10 @@ def test_logprobs_come_from_the_models_own_distribution():
         ("top_k", -1),
         ("top_k", 1.5),
         ("min_p", 2),
+        ("temperature", 1e300),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-30),
+        ("repetition_penalty", 1e30),
         ("max_new_tokens", 0),
         ("n", 0),
         ("seed", -1),

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -278,7 +280,7 @@ def test_a_prompt_that_does_not_fit_says_so(client):
     assert caught.value.code == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("prompt", [[], [9999], [-1], "", [[]]])
+@pytest.mark.parametrize("prompt", [[], [9999], [-1], [10**20], [[1], [-(10**20)]], "", [[]]])
 def test_a_wrong_prompt_is_named(client, prompt):
     with pytest.raises(openai.BadRequestError) as caught:
         completion(client, prompt=prompt)
@@ -343,6 +345,37 @@ def test_a_client_that_leaves_frees_its_place(slow):
     assert slow.app.state.scheduler.engine.decoder.largest == 2
 
 
+def test_a_client_that_leaves_while_it_sends_ends_quietly(opened, capsys, caplog):
+    with serving(opened) as running:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+        )
+        host, port = running.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(head.encode() + b'{"model": ')
+            time.sleep(0.2)
+        text = 'finetune_requests_total{endpoint="/v1/completions",status="499"} 1.0'
+        wait_for(lambda: text in httpx.get(f"{running.url}/metrics").text)
+    assert "Traceback" not in capsys.readouterr().err and not caplog.records
+
+
+def test_others_are_answered_while_a_long_text_is_tokenized(server, client, monkeypatch):
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow(tokenizer, row):
+        reading.set()
+        assert go_on.wait(20)
+        return [1, 2]
+
+    monkeypatch.setattr("finetune.infer.protocol.prompt_ids", slow)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, client, max_tokens=1)
+        assert reading.wait(20)
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        go_on.set()
+        assert answer.result(20).usage.prompt_tokens == 2
+
+
 def test_a_full_queue_refuses(slow):
     client = slow.client()
     with ThreadPoolExecutor(3) as pool:
@@ -375,6 +408,30 @@ def test_a_failing_engine_is_said_and_the_server_goes_on(slow, capsys):
         list(chat(client, stream=True))
     script.fails = False
     assert chat(client, max_tokens=2).choices[0].message.content == "word"
+
+
+def test_a_row_that_fails_takes_no_other_request_with_it(opened, monkeypatch, capsys):
+    """One of a request's two samples fails: that request ends, the one beside it is answered."""
+    calls = []
+
+    def fail(scores, sampling, rng):
+        calls.append(sampling)
+        if len(calls) == 6:
+            raise IndexError("no token is left")
+        return int(scores.argmax())
+
+    monkeypatch.setattr("finetune.infer.engine.choose", fail)
+    with serving(scripted(opened, "word " * 80, pause=0.02), Limits(max_batch=3)) as running:
+        other = iter(chat(running.client(), stream=True, max_tokens=60))
+        next(other)
+        with pytest.raises(openai.InternalServerError, match="IndexError"):
+            chat(running.client(), temperature=1.0, n=2)
+        assert running.scheduler.running >= 1, "the other is still being answered"
+        assert [chunk.choices[0].finish_reason for chunk in other][-1] == "length"
+        assert running.scheduler.engine.decoder.largest == 3
+        wait_for(lambda: running.scheduler.running == 0)
+    assert "no token is left" in capsys.readouterr().err
+    assert len(calls) <= 8
 
 
 def test_rows_that_outgrow_the_cache_are_put_back_and_finish_alike(opened, monkeypatch):

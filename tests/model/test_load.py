@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from finetune.errors import ArgumentError, CheckpointError
+from finetune.export.export import export
 from finetune.model.resolve import resolve_model
 from finetune.model.weights import stored_weights
 from tests.model.compute import logits, prompts
@@ -166,6 +167,24 @@ def test_folders_that_paddlenlp_saved(tied, max_shard, tmp_path, load):
     again = load(tmp_path / "saved")
     assert again.source.kind == "paddle"
     assert np.array_equal(logits(again.model), logits(loaded.model))
+
+
+@pytest.mark.parametrize("max_shard", ["5GB", "40KB"])
+def test_a_bfloat16_folder_that_paddlenlp_saved(max_shard, tmp_path, load):
+    """PaddleNLP stores the bits as U16."""
+    from paddlenlp.transformers import AutoModelForCausalLM
+
+    folder = tiny_model(tmp_path / "m", dtype="bfloat16", tokenizer=False)
+    export(folder, tmp_path / "ours", format="paddle", say=lambda line: None)
+    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path / "ours"), dtype="bfloat16")
+    theirs.save_pretrained(str(tmp_path / "saved"), safe_serialization=True, max_shard_size=max_shard)
+    headers = [path.read_bytes() for path in (tmp_path / "saved").glob("*.safetensors")]
+    assert all(b'"U16"' in header for header in headers)
+    found = {name: weight.read() for name, weight in stored_weights(resolve_model(tmp_path / "saved")).items()}
+    expected = tiny_weights(dtype="bfloat16")
+    assert all(found[name].dtype == ml_dtypes.bfloat16 for name in expected)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert np.array_equal(logits(load(tmp_path / "saved").model), logits(load(folder).model))
 
 
 def test_a_folder_paddlenlp_pickled_is_refused(tmp_path, load, tiny_folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 from finetune.errors import ArgumentError, CheckpointError, StorageError
 from finetune.model.adapters import LoraSettings
 from finetune.model.convert import PROJECTIONS
+from finetune.model.resolve import resolve_model
+from finetune.model.weights import open_adapter
 from tests.model.compute import difference, logits, prompts, shake
 from tests.tiny import write_json
 
@@ -269,6 +272,12 @@ def test_a_paddlenlp_adapter(lora, base, tiny_folder, tmp_path):
     tensors = {name: tensor.numpy() for name, tensor in model.get_trainable_state_dict().items()}
     save_file(tensors, folder / "peft_model.safetensors", metadata={"format": "np"})
     assert np.array_equal(logits(as_loaded(folder).model), logits(model))
+    rounded = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
+    bits = {name: tensor.view(np.uint16) for name, tensor in rounded.items()}  # as PaddleNLP saves bfloat16
+    save_file(bits, folder / "peft_model.safetensors", metadata={"format": "np"})
+    found, _ = open_adapter(resolve_model(folder))
+    assert {weight.dtype.name for weight in found.values()} == {"bfloat16"}
+    assert difference(logits(as_loaded(folder).model), logits(model)) < 0.05
 
 
 @pytest.mark.parametrize("key", ["pissa", "use_mora", "loraga", "trainable_bias"])

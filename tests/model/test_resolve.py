@@ -70,6 +70,22 @@ def test_the_base_is_looked_up_beside_the_adapter_too(tiny_folder, tmp_path, mon
     assert resolve_model("b").base.config["hidden_size"] == 32
 
 
+def test_a_base_named_from_the_home_folder_is_named_absolutely(tiny_folder, tmp_path, monkeypatch):
+    """What an adapter writes about its base must hold for other programs, which do not know `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(tiny_folder, tmp_path / "models" / "base")
+    assert resolve_model("~/models/base").hub_or_folder == str((tmp_path / "models" / "base").resolve())
+    adapter(tmp_path / "a", "~/models/base")
+    assert resolve_model(tmp_path / "a").base.hub_or_folder == str((tmp_path / "models" / "base").resolve())
+
+
+def test_the_generation_config_of_an_adapter_is_its_bases_unless_it_has_one(tiny_folder, tmp_path):
+    folder = adapter(tmp_path / "a", tiny_folder)
+    assert resolve_model(folder).generation_file == tiny_folder / "generation_config.json"
+    write_json(folder / "generation_config.json", {})
+    assert resolve_model(folder).generation_file == folder / "generation_config.json"
+
+
 def test_a_checkpoint_and_a_run(tiny_folder, tmp_path):
     step = tmp_path / "run" / "checkpoints" / "step-20"
     step.mkdir(parents=True)

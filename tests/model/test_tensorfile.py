@@ -45,6 +45,22 @@ def test_we_read_what_the_package_writes(tmp_path):
     assert equal(folder.read("b", slice(1, 3)), TENSORS["b"][1:3])
 
 
+@pytest.mark.parametrize("metadata", [{"format": "np"}, None])
+def test_u16_of_numpys_format_is_bfloat16(metadata, tmp_path):
+    save_file({"a": TENSORS["a"].view(np.uint16)}, tmp_path / "model.safetensors", metadata=metadata)
+    folder = TensorFolder(tmp_path, "model")
+    assert folder.entries["a"].dtype == ml_dtypes.bfloat16
+    assert equal(folder.read("a"), TENSORS["a"])
+    assert equal(folder.read("a", slice(1, 3)), TENSORS["a"][1:3])
+
+
+def test_u16_of_another_format_stays_and_bfloat16_is_written_as_such(tmp_path):
+    save_file({"a": TENSORS["a"].view(np.uint16)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert TensorFolder(tmp_path, "model").entries["a"].dtype == np.uint16
+    write_tensors(tmp_path / "ours.safetensors", {"a": Promise.of(TENSORS["a"])}, {"format": "np"})
+    assert b'"dtype":"BF16"' in (tmp_path / "ours.safetensors").read_bytes()
+
+
 def test_shards_are_split_by_size_and_read_as_one(tmp_path):
     promises = {name: Promise.of(array) for name, array in TENSORS.items()}
     write_shards(tmp_path, "model", promises, 60, {"format": "pt"})

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.model.resolve import resolve_model
 from finetune.model.weights import stored_weights
-from finetune.model.write import generation_config, special_tokens, write_hf
+from finetune.model.write import generation_config, special_tokens, write_hf, write_paddle
 from tests.model.compute import logits
 from tests.tiny import Shape, tiny_config, tiny_model, tiny_tokenizer, tiny_weights, write_json
 
@@ -92,6 +92,17 @@ def test_paddlenlp_opens_what_we_write_for_it(tied, max_shard_bytes, tmp_path, l
     theirs.eval()
     assert np.array_equal(logits(theirs), logits(loaded.model))
     assert np.array_equal(logits(load(tmp_path / "out").model), logits(loaded.model))
+
+
+def test_paddlenlp_reads_our_bfloat16(tmp_path):
+    """We write BF16 where PaddleNLP itself writes U16; its reader knows both."""
+    from paddlenlp.transformers import AutoModelForCausalLM
+
+    source = resolve_model(tiny_model(tmp_path / "m", tied=False, dtype="bfloat16", tokenizer=False))
+    write_paddle(source.config, stored_weights(source), tmp_path / "out", dtype="bfloat16")
+    theirs = AutoModelForCausalLM.from_pretrained(str(tmp_path / "out"), dtype="float32")
+    expected = tiny_weights(tied=False, dtype="bfloat16")["lm_head.weight"].astype(np.float32)
+    assert np.array_equal(theirs.lm_head.weight.numpy(), expected.T)
 
 
 def test_weights_go_from_file_to_file_without_a_model(tmp_path, tiny_untied_folder):

@@ -53,15 +53,6 @@ def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
-def _text(text: str) -> str:
-    """A reader of text. Bytes of an argument that are not UTF-8 come as halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the text is not UTF-8 (character {error.start + 1})") from None
-    return text
-
-
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -92,9 +83,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set, e.g. training.max_steps=10", show_default=False),
 ]
-System = Annotated[
-    str | None, typer.Option(parser=_text, metavar="TEXT", help="System prompt; the model's own when not given.")
-]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt; the model's own when not given.")]
 MaxNewTokens = Annotated[int, _positive(metavar="N", help="Most tokens to add to a prompt.")]
 Temperature = Annotated[
     float | None, typer.Option(parser=_number, metavar="T", help="Above 0 draws tokens, 0 is greedy.")
@@ -147,9 +136,7 @@ def train(
 @app.command(epilog='Example: finetune generate outputs/my-run --prompt "What is a kernel?" --max-new-tokens 64')
 def generate(
     model: ModelArgument,
-    prompt: Annotated[
-        str | None, typer.Option(parser=_text, metavar="TEXT", help="One prompt; else read from a pipe.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="One prompt; else read from a pipe.")] = None,
     input: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Prompts or conversations.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE.jsonl", help="Answers, in input order.")] = None,
     system: System = None,
@@ -435,6 +422,19 @@ def _piped_prompt() -> str:
     return text
 
 
+def _check_utf8(arguments: list[str]) -> None:
+    """Bytes of an argument that are not UTF-8 come as halves of surrogate pairs, which no file can be written with."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            raise ArgumentError(
+                f"argument '{shown}' is not UTF-8 from its character {error.start + 1} on",
+                fix="Write it in UTF-8; a file of such a name must be renamed.",
+            ) from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -447,6 +447,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
+        _check_utf8(arguments)
         code = app(arguments, prog_name="finetune", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0

@@ -320,3 +320,9 @@ def test_recipes_list_show_copy(run, tmp_path):
     assert run("recipes", "copy", "qwen2-0.5b_sft_lora", "mine.yaml", "--force")[0] == 0
     assert (tmp_path / "mine.yaml").read_text() != shown
     assert run("recipes", "copy", "qwen2-0.5b_sft_lora", "no/such/folder.yaml")[0] == 2
+
+
+@pytest.mark.parametrize("words", [["train", "a\udcff.yaml"], ["generate", "m", "--prompt", "\udcff"], ["\ud800"]])
+def test_an_argument_that_is_not_utf8_is_said(words, capsys):
+    assert cli._run(words, debug=False) == 2
+    assert "is not UTF-8 from its character" in capsys.readouterr().err

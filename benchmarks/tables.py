@@ -65,7 +65,7 @@ def _extent(named: tuple[str, dict]) -> str:
     rounds = case.get("rounds_run", case.get("settings", {}).get("rounds"))
     steps = case.get("settings", {}).get("steps")
     counted = f" x {steps - WARM_UP} counted steps" if steps else ""
-    return f"{name} ({rounds} rounds{counted})" if rounds else name
+    return f"{name} ({rounds} round{'s' * (rounds != 1)}{counted})" if rounds else name
 
 
 def _answers(case: dict) -> list[dict]:

@@ -28,6 +28,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from finetune.chat.rows import Part, Sequences
+from finetune.files import sync
 
 MAX_BYTES = 20 * 2**30
 ROWS, ENTRY = "rows.arrow", "entry.json"
@@ -135,7 +136,7 @@ class Store:
         final = self.root / self.key
         shutil.rmtree(final, ignore_errors=True)  # a damaged one
         os.rename(self._partial, final)
-        _sync(self.root)
+        sync(self.root)
         return read_parts(final / ROWS)
 
     def discard(self) -> None:
@@ -228,14 +229,6 @@ def _crc32(path: Path) -> int:
         while chunk := file.read(_CHUNK):
             value = zlib.crc32(chunk, value)
     return value
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # -- Arrow -----------------------------------------------------------------------------------------------------

@@ -93,6 +93,22 @@ def _counted(count: int) -> str:
     return "1 row" if count == 1 else f"{count:,} rows"
 
 
+def add_named(total: dict[str, Named], more: dict[str, Named]) -> None:
+    """Add rows to be told of to those of earlier blocks."""
+    for heading, rows in more.items():
+        total.setdefault(heading, Named()).add(rows.first, rows.count)
+
+
+def named_notes(named: dict[str, Named], names: Sequence[str]) -> list[str]:
+    """Sentences on rows to be told of; names: of the files."""
+    notes = []
+    for heading, rows in named.items():
+        some = ", ".join(f"{names[file]}:{number}" for file, number in rows.first)
+        some += f" and {rows.count - MAX_NAMED:,} more" if rows.count > MAX_NAMED else ""
+        notes.append(f"{_counted(rows.count)} {heading.format(rows=some)}")
+    return notes
+
+
 def length_notes(report: DataReport, max_length: int, method: str) -> list[str]:
     """What is said of rows that are too long."""
     limit = f"data.max_length ({max_length:,} tokens; the longest row has {report.longest:,})"
@@ -242,8 +258,7 @@ class _Merger:
         self.counts["longest"] = max(self.counts["longest"], result.longest)
         for name, count in result.counts.items():
             self.counts[name] += count
-        for heading, rows in result.named.items():
-            self.named.setdefault(heading, Named()).add(rows.first, rows.count)
+        add_named(self.named, result.named)
         self.faults.add(result.faults.first, result.faults.count)
         self.too_long.add(result.too_long.first, result.too_long.count)
         return [] if result.part is None else [result.part]
@@ -295,7 +310,8 @@ class _Merger:
             files=[FileReport(file.name, rows, sha256) for file, rows, sha256 in read],
             **self.counts,
         )
-        report.notes = length_notes(report, self.settings.max_length, self.settings.method) + self._named_notes()
+        report.notes = length_notes(report, self.settings.max_length, self.settings.method)
+        report.notes += named_notes(self.named, self.inputs.names)
         if not report.kept:
             raise DataError(
                 f"of {_counted(report.read)} none can be trained on",
@@ -303,15 +319,6 @@ class _Merger:
                 fix=" ".join(report.notes),
             )
         return report
-
-    def _named_notes(self) -> list[str]:
-        return [
-            f"{_counted(rows.count)} {heading.format(rows=self._some(rows))}" for heading, rows in self.named.items()
-        ]
-
-    def _some(self, rows: Named) -> str:
-        names = ", ".join(f"{self.inputs.names[file]}:{number}" for file, number in rows.first)
-        return names + (f" and {rows.count - MAX_NAMED:,} more" if rows.count > MAX_NAMED else "")
 
 
 # -- large data ------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ import numpy as np
 
 from finetune.chat.batches import Packs, Step, pack
 from finetune.chat.datafiles import DataFile, Source, find_files
-from finetune.chat.dataset import DataReport, FileReport, input_size, length_notes
-from finetune.chat.encode import Encoder, Result, Settings, Task
+from finetune.chat.dataset import DataReport, FileReport, add_named, input_size, length_notes, named_notes
+from finetune.chat.encode import Encoder, Named, Result, Settings, Task
 from finetune.chat.rows import Dataset, PairDataset, Table, dataset_of
 from finetune.chat.sources import Block, read_blocks
 from finetune.chat.tokenizer import Tokenizer
@@ -249,6 +249,7 @@ class RowStream:
         self.settings = settings
         self.files = [file.name for source in sources for file in find_files(source, base)]
         self.report = DataReport(files=[FileReport(name, None, None) for name in self.files])
+        self._named: dict[str, Named] = {}
         self.fault: FinetuneError | None = None
         self.position = self._before = Position()
         self._worker: Worker | None = None
@@ -337,9 +338,8 @@ class RowStream:
             report.tokens += int(rows.lengths.sum())
             report.supervised_tokens += int(rows.num_supervised.sum())
         encode = self.settings.encode
-        report.notes = length_notes(report, encode.max_length, encode.method)
-        if report.unsupervised:
-            report.notes.append(f"{report.unsupervised:,} rows left out for having no token that is trained on.")
+        add_named(self._named, result.named)
+        report.notes = length_notes(report, encode.max_length, encode.method) + named_notes(self._named, self.files)
 
     # -- as dataset and packs ------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import pytest
 
 from finetune.chat import stream
 from finetune.chat.sources import Block
+from finetune.report import console
 from finetune.train import prepare
 from tests.invariants.test_sft import final_digest, losses_and_norms, train
 from tests.runs import finetune, write_recipe
@@ -147,3 +148,19 @@ def test_what_a_dry_run_says(tmp_path, tiny_folder, capsys):
     rows.write_text("{]\n" + rows.read_text(encoding="utf-8"), encoding="utf-8")
     assert finetune("train", recipe, *STREAMED, "--dry-run") == 2
     assert "train.jsonl:1: not valid JSON" in capsys.readouterr().err
+
+
+def test_rows_of_a_stream_are_named_in_the_same_words_as_prepared_ones(tmp_path, tiny_folder, capsys):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": chat}, {"messages": chat, "tools": [tool]}, {"messages": chat[:1]}]
+    data = tmp_path / "tools.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=1)
+    told = []
+    for streaming in ("false", "true"):
+        console._warned.clear()  # a process says the same only once
+        run = f"training.output_dir={tmp_path / streaming}"
+        assert finetune("train", recipe, f"data.train={data}", f"data.streaming={streaming}", run) == 0
+        told.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")])
+    assert told[0] == told[1] and f"{data}:3" in "".join(told[0])

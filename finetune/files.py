@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -158,6 +159,15 @@ def _size(count: int) -> str:
             return f"{count:,} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:,.1f} GiB"
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_tree(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from finetune.errors import DataError
+from finetune.files import hash_file
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -60,14 +60,10 @@ class DataFile:
         """
         if self.path is None:
             return None
-        digest = hashlib.sha256()
         try:
-            with self.path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
+            return hash_file(self.path)
         except OSError as error:
             raise unreadable(error, self.name) from error
-        return digest.hexdigest()
 
     def state(self) -> tuple[int, int] | None:
         """(bytes, time of the last change in ns), which tell whether a file is as it was; None for the hub.

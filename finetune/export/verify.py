@@ -17,11 +17,10 @@ from finetune.model.resolve import ModelSource  # noqa: E402
 
 PROMPTS, LENGTH = 4, 32
 
-# Allowed difference of a logit, relative to the spread of the logits (their standard deviation), since errors of
-# rounding grow with the numbers that are added. float32: what the order of additions explains, with a floor for logits
-# that hardly differ. The others round every weight; measured values are in docs/log.md.
-FLOAT32_FLOOR = 1e-4
-RELATIVE_LIMITS = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03, "q8_0": 0.5}
+# Allowed difference of a logit. float32: what the order of additions explains. The others round every weight, so the
+# limit is relative to the spread of the logits (their standard deviation); measured values are in docs/log.md.
+FLOAT32_LIMIT = 1e-4
+RELATIVE_LIMITS = {"bfloat16": 0.25, "float16": 0.03, "q8_0": 0.5}
 
 
 def compare(source: ModelSource, folder: Path, format: str, dtype: str) -> tuple[float, float]:
@@ -36,8 +35,8 @@ def compare(source: ModelSource, folder: Path, format: str, dtype: str) -> tuple
     expected = _logits(load_model(source, dtype="float32"), prompts)
     loaded = load_gguf(source, folder) if format == "gguf" else load_model(folder, dtype="float32")
     difference = float(np.abs(_logits(loaded, prompts) - expected).max())
-    limit = RELATIVE_LIMITS[dtype] * float(expected.std())
-    return difference, max(limit, FLOAT32_FLOOR) if dtype == "float32" else limit
+    limit = RELATIVE_LIMITS[dtype] * float(expected.std()) if dtype != "float32" else FLOAT32_LIMIT
+    return difference, limit
 
 
 def fixed_prompts(vocab_size: int) -> np.ndarray:

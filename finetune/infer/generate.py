@@ -19,8 +19,9 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from finetune.errors import ArgumentError, DataError
+from finetune.files import hash_file
 from finetune.infer.open import open_model, open_tokenizer
-from finetune.infer.partial import PartialAnswers, hash_file, hash_model, replacing, resuming
+from finetune.infer.partial import PartialAnswers, hash_model, replacing, resuming
 from finetune.infer.prompts import Prompt, PromptReader
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Sampling
 from finetune.model.resolve import resolve_model

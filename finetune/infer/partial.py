@@ -187,15 +187,6 @@ def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def hash_model(source: ModelSource, output: Path) -> str:
     """Tells apart the files of a model and its base: names, sizes and times of change, not their whole content.
 

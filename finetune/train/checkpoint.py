@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune.errors import CheckpointError, StorageError, TrainingError
-from finetune.files import read_json, sync, sync_tree, within, write_fault
+from finetune.files import hash_file, read_json, sync, sync_tree, within, write_fault
 from finetune.model.tensorfile import Promise, TensorFolder, write_tensors
 
 COMPLETE = "complete.json"
@@ -102,7 +102,11 @@ def write_checkpoint(
                 promises = {name: Promise.of(array) for name, array in tensors.items()}
                 write_tensors(partial / f"{stem}.safetensors", promises, {})
         (partial / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        files = {str(p.relative_to(partial)): _digest(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        files = {
+            str(p.relative_to(partial)): (p.stat().st_size, hash_file(p))
+            for p in sorted(partial.rglob("*"))
+            if p.is_file()
+        }
         (partial / COMPLETE).write_text(_record(step, files), encoding="utf-8")
         sync_tree(partial)
         _put_in_place(partial, final)
@@ -193,7 +197,7 @@ def _check_file(path: Path, size: int, sha: str) -> None:
     if path.stat().st_size != size:
         raise CheckpointError(f"holds {path.stat().st_size} bytes instead of {size}", where=str(path))
     try:
-        found = _digest(path)[1]
+        found = hash_file(path)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
     if found != sha:
@@ -258,11 +262,3 @@ def sweep(root: Path) -> None:
             os.rename(path, final)
     for path in root.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return path.stat().st_size, sha.hexdigest()

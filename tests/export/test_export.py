@@ -46,7 +46,7 @@ def test_an_adapter_in_every_format(format, adapter, tmp_path):
     lines = []
     written = export(folder, tmp_path / "out", format=format, verify=True, say=lines.append)
     assert np.abs(logits(load(tmp_path / "out")) - expected).max() < 1e-4
-    assert written.difference < 5e-5 and 1e-4 <= written.limit < 1e-3 and written.dtype == "float32"
+    assert written.difference < 5e-5 and written.limit == 1e-4 and written.dtype == "float32"
     assert len(lines) == 2 and "Verified" in lines[1]
     assert ("merged" in lines[0]) == (format != "peft")
 
@@ -154,17 +154,6 @@ def test_what_goes_wrong_is_found_by_verify(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "write_hf", spoiled)
     with pytest.raises(FinetuneError, match="largest logit difference"):
         export(adapter[0], tmp_path / "out", verify=True, say=lambda line: None)
-
-
-@pytest.mark.parametrize("scale", [1e-3, 100])
-def test_the_float32_limit_grows_with_the_logits(scale, tmp_path):
-    folder = tiny_model(tmp_path / "m")
-    weights = tiny_weights()
-    weights["model.norm.weight"] *= np.float32(scale)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    written = export(folder, tmp_path / "out", verify=True, say=lambda line: None)
-    spread = logits(load(folder)).std()
-    assert written.limit == (1e-4 if scale < 1 else pytest.approx(1e-4 * spread, rel=0.2)) and written.difference == 0
 
 
 def test_refusals(tiny_folder, tmp_path):

@@ -15,7 +15,7 @@ from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """tests/soak takes an hour: only when it is named on the command line."""
+    """tests/soak takes a while: only when it is named on the command line."""
     return True if collection_path.name == "soak" and not any("soak" in name for name in config.args) else None
 
 

@@ -146,7 +146,7 @@ def test_the_100_prompts_are_answered_differently(jobs):
 def test_greedy_tokens_of_the_05b_shape(tmp_path):
     """All 24 layers and the whole vocabulary, 128 tokens, batch 8 and 1. Minutes, 6 GB of memory and 2 GB of disk.
 
-    Eight prompts, or FINETUNE_PARITY_PROMPTS of them: transformers takes about an hour for 100 on two cores.
+    Eight prompts, or FINETUNE_PARITY_PROMPTS of them: 100 take 25 minutes on two cores.
     """
     from finetune.infer.cpu import pack
     from finetune.infer.engine import Engine

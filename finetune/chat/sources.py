@@ -19,7 +19,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -464,7 +464,9 @@ def _arrow_blocks(batches: Iterator[Any], file: DataFile, rows: int) -> Iterator
 
     number, size = 1, file.text_bytes()
     for batch in batches:
-        batch.validate(full=True)  # lengths and offsets are taken on trust otherwise
+        # What is taken on trust otherwise: lengths and offsets, and that names are UTF-8.
+        batch.validate(full=True)
+        list(_names(batch.schema))
         for start in range(0, batch.num_rows, BLOCK_ROWS):
             part = batch.slice(start, BLOCK_ROWS)
             sink = pyarrow.BufferOutputStream()
@@ -473,6 +475,13 @@ def _arrow_blocks(batches: Iterator[Any], file: DataFile, rows: int) -> Iterator
             share = size * part.num_rows // rows
             yield Block(number, part.num_rows, "arrow", sink.getvalue().to_pybytes(), share)
             number += part.num_rows
+
+
+def _names(fields: Iterable[Any]) -> Iterator[str]:
+    """The names of Arrow's fields, at any depth. UnicodeDecodeError: one is not UTF-8."""
+    for field in fields:
+        yield field.name
+        yield from _names(field.type.field(i) for i in range(field.type.num_fields))
 
 
 def _arrow_rows(content: bytes) -> Iterator[Any]:
@@ -494,7 +503,7 @@ class _arrow_faults:
     def __exit__(self, kind, error, trace) -> None:
         import pyarrow
 
-        if isinstance(error, pyarrow.ArrowException):
+        if isinstance(error, (pyarrow.ArrowException, UnicodeDecodeError)):  # the latter for names of columns
             raise DataError(
                 f"the file is damaged or of another kind: {error}", where=self.file.name, fix="Write it again."
             ) from error

@@ -130,6 +130,26 @@ def test_parquet_and_arrow_lose_the_nulls_arrow_put_in(tmp_path, kind):
         read(str(path))
 
 
+@pytest.mark.parametrize("name", [b"messages", b"role"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_with_names_that_are_not_utf8(tmp_path, kind, name):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+
+    table = pyarrow.Table.from_pylist([{"messages": [CALL]}])
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path, store_schema=False)
+    else:
+        with pyarrow.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    content = path.read_bytes()
+    assert name in content
+    path.write_bytes(content.replace(name, b"\xf2" + name[1:]))
+    with pytest.raises(DataError, match=f"{path.name}: the file is damaged .* byte 0xf2"):
+        read(str(path))
+
+
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "json"])
 def test_blocks_of_whole_files_share_their_size_by_rows(tmp_path, write, kind):
     pyarrow = pytest.importorskip("pyarrow")

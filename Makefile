@@ -28,7 +28,7 @@ endif
 help:
 	@echo 'make demo      the main job on this CPU: base model, SFT, DPO, generate, export; numbers before and after'
 	@echo 'make test      the test suite'
-	@echo 'make soak      100 kills of training runs, every damage to a checkpoint, 40,000 fuzz cases; about 12 minutes'
+	@echo 'make soak      100 kills of training runs, every damage to a checkpoint, 40,000 fuzz cases; about 10 minutes'
 	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
 	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
 	@echo 'make bench     speed and memory beside TRL on this machine; hours. BENCH="sft_lora --rounds 1" for less'

@@ -66,7 +66,7 @@ def count_lora_parameters(config: dict[str, Any], rank: int, target_modules: str
 
 
 def estimate(
-    recipe: Recipe, config: dict[str, Any], *, dtype: str, tokens_per_micro_batch: int, length: int
+    recipe: Recipe, config: dict[str, Any], *, dtype: str, tokens_per_micro_batch: int, length: int, shards: int = 1
 ) -> Estimate:
     """Estimate the memory of training on one device.
 
@@ -81,6 +81,7 @@ def estimate(
         dtype: float32, bfloat16 or float16.
         tokens_per_micro_batch: Tokens of one forward pass.
         length: Tokens of its longest sequence.
+        shards: Processes that share one state of the optimizer, whole tensors each.
     """
     size = 4 if dtype == "float32" else 2
     base = count_parameters(config)
@@ -88,6 +89,7 @@ def estimate(
     if recipe.lora:
         adapter = count_lora_parameters(config, recipe.lora.rank, recipe.lora.target_modules)
     trainable = adapter or base
+    largest = 0 if adapter else config["vocab_size"] * config["hidden_size"]
     hidden, layers = config["hidden_size"], config["num_hidden_layers"]
     shapes = linear_shapes(config)
     per_token = 8 * hidden + 2 * shapes["k_proj"][1] + 3 * config["intermediate_size"]
@@ -100,6 +102,6 @@ def estimate(
         trainable=trainable,
         weights=(base + adapter) * size,
         gradients=trainable * size,
-        optimizer=trainable * (8 if size == 4 else 12),
+        optimizer=max(-(-trainable // shards), largest) * (8 if size == 4 else 12),
         activations=kept + 4 * min(CHUNK_ELEMENTS, tokens_per_micro_batch * config["vocab_size"]),
     )

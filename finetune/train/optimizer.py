@@ -16,6 +16,7 @@ import paddle  # noqa: E402
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import TrainingSection
+    from finetune.train.sharding import Shards
 
 _SLOTS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 _MASTER = "master"
@@ -44,22 +45,31 @@ class NamedAdamW:
     anything else was built first; here it is keyed by the parameter's name in the model.
     """
 
-    def __init__(self, parameters: dict[str, paddle.Tensor], training: TrainingSection):
+    def __init__(self, parameters: dict[str, paddle.Tensor], training: TrainingSection, shards: Shards | None = None):
+        """Start with zero moments.
+
+        Args:
+            parameters: What is trained, by name.
+            training: Betas, epsilon and weight decay.
+            shards: Which process steps which of them; None: this one all.
+        """
         self.parameters = parameters
+        self.shards = shards
+        self._own = {name: p for name, p in parameters.items() if shards is None or shards.is_own(name)}
         decayed = {p.name for name, p in parameters.items() if decays(name)}
         self._inner = paddle.optimizer.AdamW(
             learning_rate=training.learning_rate,
             beta1=training.adam_beta1,
             beta2=training.adam_beta2,
             epsilon=training.adam_epsilon,
-            parameters=list(parameters.values()),
+            parameters=list(self._own.values()),
             weight_decay=training.weight_decay,
             apply_decay_param_fun=decayed.__contains__,
             multi_precision=any(p.dtype != paddle.float32 for p in parameters.values()),
         )
 
     def step(self, learning_rate: float, max_norm: float) -> float:
-        """Clip the gradients held by the parameters, apply them, and drop them.
+        """Clip the gradients held by the parameters, apply them, and drop them. With shards, all processes call it.
 
         Args:
             learning_rate: Of this step.
@@ -84,20 +94,34 @@ class NamedAdamW:
             # The state is made, and named, in the first step; a counter of the process would be part of the names.
             with paddle.utils.unique_name.guard():
                 self._inner.step()
+            if self.shards is not None:
+                with paddle.no_grad():
+                    for name, parameter in self.parameters.items():
+                        self.shards.send(name, parameter)
         for parameter in self.parameters.values():
             parameter.grad = None
         return norm
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything but the parameters: "<parameter name>/<slot>" -> float32 array."""
+        """Everything but the parameters: "<parameter name>/<slot>" -> float32 array.
+
+        With shards, all processes call it, and rank 0 gets it; the others get nothing.
+        """
+        if self.shards is not None and not self.shards.holds_checkpoint:
+            return {}
         inner = self._inner.state_dict()
         masters = inner.get("master_weights", {})
         out: dict[str, np.ndarray] = {}
         for name, parameter in self.parameters.items():
-            for slot in _SLOTS:
-                out[f"{name}/{slot}"] = inner[_state_key(parameter, slot)].numpy()
-            if parameter.name in masters:
-                out[f"{name}/{_MASTER}"] = masters[parameter.name].numpy()
+            for slot, shape in _slot_shapes(parameter).items():
+                array = None
+                if name in self._own:
+                    held = masters[parameter.name] if slot == _MASTER else inner[_state_key(parameter, slot)]
+                    array = held.numpy()
+                if self.shards is not None:
+                    array = self.shards.collect(name, array, shape)
+                if array is not None:
+                    out[f"{name}/{slot}"] = array
         return out
 
     def load(self, state: dict[str, np.ndarray]) -> None:
@@ -117,6 +141,8 @@ class NamedAdamW:
         masters: dict = {}
         for key, value in state.items():
             name, slot = key.rsplit("/", 1)
+            if name not in self._own:
+                continue
             parameter = self.parameters[name]
             if slot == _MASTER:
                 masters[parameter.name] = paddle.to_tensor(value)
@@ -126,6 +152,12 @@ class NamedAdamW:
         if masters:
             inner["master_weights"] = masters
         self._inner.set_state_dict(inner)
+
+
+def _slot_shapes(parameter: paddle.Tensor) -> dict[str, list[int]]:
+    """Shape of each slot of a parameter's state, float32 all."""
+    shapes = {slot: parameter.shape if slot.startswith("moment") else [1] for slot in _SLOTS}
+    return shapes if parameter.dtype == paddle.float32 else shapes | {_MASTER: parameter.shape}
 
 
 def _state_key(parameter: paddle.Tensor, slot: str) -> str:

@@ -60,6 +60,11 @@ class Prepared:
     first_rows: Any | None = None
 
     @property
+    def sharding_degree(self) -> int:
+        """Processes that share one state of the optimizer; 1 where it is not split."""
+        return _sharding_degree(self.recipe, self.world_size)
+
+    @property
     def warmup_steps(self) -> int:
         """Optimizer steps of warm-up."""
         training = self.recipe.training
@@ -114,6 +119,7 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
         estimate=_estimate(
             recipe,
             source,
+            world_size,
             tokens=_largest_batch(train, packs, training.per_device_train_batch_size),
             length=int(np.max(train.lengths)),
         ),
@@ -153,7 +159,7 @@ def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, w
         plan=plan,
         world_size=world_size,
         # Lengths are not known: the most that can come.
-        estimate=_estimate(recipe, source, tokens=size * _room(recipe), length=data.max_length),
+        estimate=_estimate(recipe, source, world_size, tokens=size * _room(recipe), length=data.max_length),
         stream=stream,
         first_rows=first,
     )
@@ -191,7 +197,7 @@ def _largest_batch(dataset: Any, packs: Packs, size: int) -> int:
     return int(np.sort(packs.sums(dataset.lengths))[::-1][:size].sum())
 
 
-def _estimate(recipe: Recipe, source: ModelSource, *, tokens: int, length: int) -> Estimate:
+def _estimate(recipe: Recipe, source: ModelSource, world_size: int, *, tokens: int, length: int) -> Estimate:
     dtype = recipe.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if has_gpu() else "float32"
@@ -201,6 +207,7 @@ def _estimate(recipe: Recipe, source: ModelSource, *, tokens: int, length: int) 
         dtype=dtype,
         tokens_per_micro_batch=tokens,
         length=length,
+        shards=_sharding_degree(recipe, world_size),
     )
 
 
@@ -224,12 +231,19 @@ def _check_distributed(recipe: Recipe, world_size: int) -> None:
                 where=f"distributed.{name}",
                 fix="Set it to 1, and use LoRA, training.recompute and bfloat16 to fit a larger model.",
             )
-    if wanted.sharding:
+    if wanted.sharding not in ("", "stage1"):
         raise ArgumentError(
-            f"{wanted.sharding!r} was asked for, but this version does not shard optimizer state",
+            f"{wanted.sharding!r} was asked for, but this version splits the optimizer's state only",
             where="distributed.sharding",
-            fix="Leave it empty, and use LoRA, training.recompute and bfloat16 to fit a larger model.",
+            fix="Set it to stage1, and use LoRA, training.recompute and bfloat16 to fit a larger model.",
         )
+
+
+def _sharding_degree(recipe: Recipe, world_size: int) -> int:
+    wanted = recipe.distributed
+    if not wanted.sharding:
+        return 1
+    return world_size if wanted.sharding_parallel_degree == -1 else wanted.sharding_parallel_degree
 
 
 def describe(prepared: Prepared, resumed_at: int = 0) -> None:
@@ -258,7 +272,10 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
             ("evaluation rows", None if prepared.eval is None else len(prepared.eval)),
             ("steps", f"{steps}, {per_step}"),
             ("resumed after step", resumed_at or None),
-            ("memory, estimated", f"{_size(size.total)} ({_parts(size)})"),
+            (
+                "memory, estimated",
+                f"{_size(size.total)} ({_parts(size)}){', each process' if prepared.world_size > 1 else ''}",
+            ),
             ("output", training.output_dir),
         ],
     )

@@ -34,6 +34,8 @@ _FREE = {
     "training.recompute",
     "training.resume_from_checkpoint",
     "data.eval",
+    "distributed.sharding",
+    "distributed.sharding_parallel_degree",
 }
 _CONTENTS = {"data.train": "the training data", "model": "the base model or its tokenizer"}
 _BLOCKS, _BLOCK_BYTES = 64, 4096
@@ -242,7 +244,8 @@ def _finished_manifest(output: Path) -> dict | None:
 
 
 def _refuse_changes(then: dict[str, Any], now: dict[str, Any], checkpoint: Checkpoint) -> None:
-    changed = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
+    # An older version may have kept a key that is free by now.
+    changed = sorted(key for key in (then.keys() | now.keys()) - _FREE if then.get(key) != now.get(key))
     if not changed:
         return
     faults = []

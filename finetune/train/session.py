@@ -24,6 +24,7 @@ from finetune.train.prepare import Prepared
 from finetune.train.resume import Start
 from finetune.train.schedule import learning_rate
 from finetune.train.sft import SftTask
+from finetune.train.sharding import Shards
 
 
 class Session:
@@ -43,7 +44,10 @@ class Session:
         self.device = device()
         parameters = trainable_parameters(self.model)
         self.trainable = sum(int(p.size) for p in parameters.values())
-        self.optimizer = NamedAdamW(parameters, prepared.recipe.training)
+        shards = None
+        if prepared.sharding_degree > 1:
+            shards = Shards(world, prepared.sharding_degree, {name: int(p.size) for name, p in parameters.items()})
+        self.optimizer = NamedAdamW(parameters, prepared.recipe.training, shards)
         self.state = RunState()
         self.task, self.eval_task = self._tasks()
         if start.checkpoint is not None:
@@ -99,6 +103,8 @@ class Session:
         stream = self.prepared.stream
         # Where each rank stands in its share of the rows
         positions = {} if stream is None else {"stream": self.world.gather(asdict(stream.position))}
+        # Sharded, it comes from all processes.
+        optimizer = self.optimizer.state() if self.world.is_main or self.optimizer.shards is not None else {}
         if self.world.is_main:
             parameters = self.optimizer.parameters
             check_finite(self.state.step, ((name, as_numpy(p)) for name, p in parameters.items()))
@@ -108,7 +114,7 @@ class Session:
                 self.state.step,
                 write_model=self.write_model,
                 model_bytes=sum(p.size * p.element_size() for p in parameters.values()),
-                optimizer=self.optimizer.state(),
+                optimizer=optimizer,
                 extra=training_state(self.model) if lora else {},
                 state={"run": asdict(self.state)} | self._identity | positions,
             )

@@ -24,6 +24,25 @@ from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rotary_position_embedding
 
 
+# Queries of a span that are taken together on CPU. Of what a block does not see, its own triangle is all that is computed.
+QUERIES = 128
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens [start, stop) of a span as queries: they see the span's prefix, and its own tokens from `first` on."""
+
+    start: int
+    stop: int
+    first: int
+    prefix: tuple[int, int] | None
+
+    @property
+    def seen(self) -> int:
+        """Tokens that the last of them sees."""
+        return self.stop - self.first + (self.prefix[1] - self.prefix[0] if self.prefix else 0)
+
+
 @dataclass(frozen=True)
 class Context:
     """What the attention layers need to know of a micro-batch.
@@ -39,6 +58,12 @@ class Context:
     spans: list[Span]
     cos: np.ndarray
     sin: np.ndarray
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The spans in blocks of at most `QUERIES` queries."""
+        starts = [(span, start) for span in self.spans for start in range(span.start, span.stop, QUERIES)]
+        return [Block(start, min(start + QUERIES, span.stop), span.start, span.prefix) for span, start in starts]
 
     @cached_property
     def angles(self) -> tuple[paddle.Tensor, paddle.Tensor]:
@@ -199,12 +224,12 @@ class _SpanAttention(PyLayer):
         q = _by_head(query, context.cos * scale, context.sin * scale)
         k, v = _by_head(key, context.cos, context.sin), _by_head(value)
         out = paddle.empty(query.shape, dtype="float32")
-        bytes_kept = sum(heads * (s.stop - s.start) * _seen(s) * 4 for s in context.spans)
+        bytes_kept = sum(heads * (b.stop - b.start) * b.seen * 4 for b in context.blocks)
         kept = [] if bytes_kept <= KEPT_ATTENTION_BYTES else None
-        for span in context.spans:
-            weights = _weights(q, k, span, heads // kv_heads)
-            result = paddle.matmul(weights, _tensor(_keys(v, span)))
-            _scatter(cpu.array_of(result), cpu.array_of(out)[span.start : span.stop])
+        for block in context.blocks:
+            weights = _weights(q, k, block, heads // kv_heads)
+            result = paddle.matmul(weights, _tensor(_keys(v, block)))
+            _scatter(cpu.array_of(result), cpu.array_of(out)[block.start : block.stop])
             if kept is not None:
                 kept.append(weights)
         ctx.context, ctx.parts, ctx.kept, ctx.scale = context, (q, k, v), kept, scale
@@ -217,16 +242,15 @@ class _SpanAttention(PyLayer):
         group = q.shape[0] // k.shape[0]
         upstream = _by_head(grad)
         dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
-        for index, span in enumerate(context.spans):
-            weights = ctx.kept[index] if ctx.kept is not None else _weights(q, k, span, group)
-            g = _tensor(_queries(upstream, span, group))
-            scores = paddle.matmul(g, _tensor(_keys(v, span)), transpose_y=True)
-            _add_keys(dv, span, paddle.matmul(weights, g, transpose_x=True))
-            shape = (q.shape[0], span.stop - span.start, _seen(span))
-            cpu.softmax_backward(cpu.array_of(weights).reshape(shape), cpu.array_of(scores).reshape(shape))
-            into = cpu.array_of(paddle.matmul(scores, _tensor(_keys(k, span))))
-            dq[:, span.start : span.stop] = into.reshape(q.shape[0], -1, q.shape[2])
-            _add_keys(dk, span, paddle.matmul(scores, _tensor(_queries(q, span, group)), transpose_x=True))
+        for index, block in enumerate(context.blocks):
+            weights = ctx.kept[index] if ctx.kept is not None else _weights(q, k, block, group)
+            g = _tensor(_queries(upstream, block, group))
+            scores = paddle.matmul(g, _tensor(_keys(v, block)), transpose_y=True)
+            _add_keys(dv, block, paddle.matmul(weights, g, transpose_x=True))
+            cpu.softmax_backward(cpu.array_of(weights), cpu.array_of(scores))
+            into = cpu.array_of(paddle.matmul(scores, _tensor(_keys(k, block))))
+            dq[:, block.start : block.stop] = into.reshape(q.shape[0], -1, q.shape[2])
+            _add_keys(dk, block, paddle.matmul(scores, _tensor(_queries(q, block, group)), transpose_x=True))
         cos, sin = context.cos, context.sin
         gradients = _by_token(dq, cos * scale, -sin * scale), _by_token(dk, cos, -sin), _by_token(dv)
         return tuple(None if frozen else g for frozen, g in zip(ctx.frozen, gradients))
@@ -253,42 +277,38 @@ def _by_token(x: np.ndarray, cos: np.ndarray | None = None, sin: np.ndarray | No
     return out
 
 
-def _weights(q: np.ndarray, k: np.ndarray, span: Span, group: int):
-    """Attention weights of a span, tensor [kv_heads, group * l, n]."""
-    scores = paddle.matmul(_tensor(_queries(q, span, group)), _tensor(_keys(k, span)), transpose_y=True)
-    cpu.causal_softmax(cpu.array_of(scores).reshape(q.shape[0], span.stop - span.start, _seen(span)))
+def _weights(q: np.ndarray, k: np.ndarray, block: Block, group: int):
+    """Attention weights of a block, tensor [kv_heads, group * l, n]."""
+    scores = paddle.matmul(_tensor(_queries(q, block, group)), _tensor(_keys(k, block)), transpose_y=True)
+    cpu.causal_softmax(cpu.array_of(scores).reshape(q.shape[0], block.stop - block.start, block.seen))
     return scores
 
 
-def _queries(x: np.ndarray, span: Span, group: int) -> np.ndarray:
-    """Rows of a span, [kv_heads, group * l, D]: the query heads of a key head are behind one another."""
-    own = x[:, span.start : span.stop]
+def _queries(x: np.ndarray, block: Block, group: int) -> np.ndarray:
+    """Rows of a block, [kv_heads, group * l, D]: the query heads of a key head are behind one another."""
+    own = x[:, block.start : block.stop]
     return own.reshape(x.shape[0] // group, -1, x.shape[2])
 
 
-def _keys(x: np.ndarray, span: Span) -> np.ndarray:
-    """Rows that a span sees, [kv_heads, n, D]."""
-    own = x[:, span.start : span.stop]
-    return own if span.prefix is None else np.concatenate([x[:, span.prefix[0] : span.prefix[1]], own], axis=1)
+def _keys(x: np.ndarray, block: Block) -> np.ndarray:
+    """Rows that a block sees, [kv_heads, n, D]."""
+    own = x[:, block.first : block.stop]
+    return own if block.prefix is None else np.concatenate([x[:, block.prefix[0] : block.prefix[1]], own], axis=1)
 
 
-def _add_keys(total: np.ndarray, span: Span, part) -> None:
-    """Add gradients [kv_heads, n, D] to the rows that a span sees."""
+def _add_keys(total: np.ndarray, block: Block, part) -> None:
+    """Add gradients [kv_heads, n, D] to the rows that a block sees."""
     part = cpu.array_of(part)
-    before = _seen(span) - (span.stop - span.start)
-    total[:, span.start : span.stop] += part[:, before:]
-    if span.prefix is not None:
-        total[:, span.prefix[0] : span.prefix[1]] += part[:, :before]
+    before = block.seen - (block.stop - block.first)
+    total[:, block.first : block.stop] += part[:, before:]
+    if block.prefix is not None:
+        total[:, block.prefix[0] : block.prefix[1]] += part[:, :before]
 
 
 def _scatter(result: np.ndarray, out: np.ndarray) -> None:
     """[kv_heads, group * l, D] -> out [l, heads, D]."""
     length, heads, head_dim = out.shape
     out[...] = result.reshape(heads, length, head_dim).transpose(1, 0, 2)
-
-
-def _seen(span: Span) -> int:
-    return span.stop - span.start + (span.prefix[1] - span.prefix[0] if span.prefix else 0)
 
 
 def _tensor(array: np.ndarray):

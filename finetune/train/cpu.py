@@ -104,7 +104,7 @@ def logps_to_gradient(logits: np.ndarray, targets: np.ndarray, upstream: np.ndar
     by_rows(len(logits), logits.shape[1] * 4, work)
 
 
-# Queries of a block in causal attention, and which keys of its diagonal each of them does not see.
+# Most queries that go through the softmax together, and which keys of their diagonal each of them does not see.
 _QUERIES = 64
 _HIDDEN = np.triu(np.ones((_QUERIES, _QUERIES), np.bool_), k=1)
 
@@ -115,10 +115,11 @@ def causal_softmax(scores: np.ndarray) -> None:
     """Softmax over the keys each query may see, in place: scores [heads, l, n], query i sees keys j <= i + n - l."""
     heads, length, seen = scores.shape
     first = seen - length
+    step = min(_QUERIES, max(1, _BLOCK_BYTES // (seen * 4)))
 
     def work(rows: slice) -> None:
-        for start in range(0, length, _QUERIES):
-            stop = min(start + _QUERIES, length)
+        for start in range(0, length, step):
+            stop = min(start + step, length)
             hidden = _HIDDEN[: stop - start, : stop - start]
             block = scores[rows, start:stop]
             part = block[:, :, : first + stop]
@@ -134,14 +135,15 @@ def causal_softmax(scores: np.ndarray) -> None:
 
 
 def softmax_backward(weights: np.ndarray, upstream: np.ndarray) -> None:
-    """Turn d loss / d weights into d loss / d scores, in place in `upstream`; both [heads, l, n]."""
+    """Turn d loss / d weights into d loss / d scores, in place in `upstream`; both [..., n], contiguous."""
+    p_rows, g_rows = (x.reshape(-1, x.shape[-1]) for x in (weights, upstream))
 
     def work(rows: slice) -> None:
-        p, g = weights[rows], upstream[rows]
-        g -= np.einsum("hln,hln->hl", p, g)[..., None]
+        p, g = p_rows[rows], g_rows[rows]
+        g -= np.einsum("rn,rn->r", p, g)[:, None]
         g *= p
 
-    by_rows(len(weights), weights.shape[1] * weights.shape[2] * 4, work)
+    by_rows(len(p_rows), p_rows.shape[1] * 4, work)
 
 
 # -- norm and gate -----------------------------------------------------------------------------------------------

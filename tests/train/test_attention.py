@@ -43,9 +43,19 @@ def compare(folder, layout, sequences, scored_from):
         )
 
 
+@pytest.fixture(params=[{}, {"QUERIES": 7}, {"KEPT_ATTENTION_BYTES": 0}], ids=["as it is", "short blocks", "none kept"])
+def _blocks(request, monkeypatch):
+    bring_up()
+    from finetune.train import attention
+
+    for name, value in request.param.items():
+        monkeypatch.setattr(attention, name, value)
+
+
+@pytest.mark.usefixtures("_blocks")
 @pytest.mark.parametrize("fixture", ["tiny_folder", "tiny_untied_folder"])
 def test_samples_of_a_row_are_as_if_alone(fixture, request):
-    sequences, scored_from = [ids(0, 9), ids(1, 70), ids(2, 2)], [4, 30, 1]
+    sequences, scored_from = [ids(0, 9), ids(1, 300), ids(2, 2)], [4, 30, 1]
     samples = []
     for tokens, start in zip(sequences, scored_from):
         labels = tokens.copy()
@@ -54,8 +64,9 @@ def test_samples_of_a_row_are_as_if_alone(fixture, request):
     compare(request.getfixturevalue(fixture), lay_out_samples(samples), sequences, scored_from)
 
 
+@pytest.mark.usefixtures("_blocks")
 def test_responses_of_a_pair_are_as_if_each_had_the_prompt_to_itself(tiny_folder):
-    prompts, chosen, rejected = [ids(0, 5), ids(1, 33)], [ids(2, 7), ids(3, 1)], [ids(4, 40), ids(5, 3)]
+    prompts, chosen, rejected = [ids(0, 5), ids(1, 33)], [ids(2, 7), ids(3, 1)], [ids(4, 140), ids(5, 3)]
     layout = lay_out_pairs([(p, (c, c), (r, r)) for p, c, r in zip(prompts, chosen, rejected)])
     sequences, scored_from = [], []
     for p, c, r in zip(prompts, chosen, rejected):

@@ -47,11 +47,16 @@ def test_memory_in_the_header_is_the_estimate(name):
     recipe = load_recipe(name)
     span = recipe.data.max_length * (2 if recipe.method == "dpo" else 1)
     tokens = span * recipe.training.per_device_train_batch_size
-    gpu = int(re.search(r"About (\d+) GB together", header)[1])
-    asked = [("bfloat16", gpu)]
+    count, room = re.search(r"(one|four) GPUs? of (\d+) GB", header).groups()
+    if recipe.distributed.sharding:
+        told = re.search(r"About (\d+) GB each on four GPUs, (\d+) GB on eight, (\d+) GB on one", header).groups()
+        asked = list(zip(["bfloat16"] * 3, map(int, told), (4, 8, 1)))
+    else:
+        asked = [("bfloat16", int(re.search(r"About (\d+) GB together", header)[1]), 1)]
+    assert asked[0][1] < int(room) and asked[0][2] == {"one": 1, "four": 4}[count]
     if cpu := re.search(r"On CPU \(float32\) about (\d+) GB", header):
-        asked.append(("float32", int(cpu[1])))
-    for dtype, told in asked:
-        found = estimate(recipe, config, dtype=dtype, tokens_per_micro_batch=tokens, length=span).total / 1e9
+        asked.append(("float32", int(cpu[1]), 1))
+    for dtype, told, shards in asked:
+        size = estimate(recipe, config, dtype=dtype, tokens_per_micro_batch=tokens, length=span, shards=shards)
+        found = size.total / 1e9
         assert abs(found - told) <= 0.5 + 0.02 * found, f"{dtype}: {told} GB in the header, {found:.1f} estimated"
-    assert gpu < int(re.search(r"one GPU of (\d+) GB", header)[1])

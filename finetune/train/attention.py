@@ -23,8 +23,7 @@ import paddle.nn.functional as F
 from paddle.autograd import PyLayer
 from paddle.incubate.nn.functional import fused_rotary_position_embedding
 
-
-# Queries of a span that are taken together on CPU. Of what a block does not see, its own triangle is all that is computed.
+# Queries of a span that are taken together on CPU. Of the keys they do not see, only those among them are computed.
 QUERIES = 128
 
 

@@ -46,7 +46,9 @@ def test_no_denormal_numbers_are_left_behind():
     assert (np.abs(logits) >= np.finfo(np.float32).tiny).all()
 
 
-@pytest.mark.parametrize(("heads", "length", "seen"), [(1, 1, 1), (2, 3, 3), (3, 70, 70), (4, 130, 190), (2, 1, 65), (1, 70, 2000)])
+@pytest.mark.parametrize(
+    ("heads", "length", "seen"), [(1, 1, 1), (2, 3, 3), (3, 70, 70), (4, 130, 190), (2, 1, 65), (1, 70, 2000)]
+)
 def test_causal_softmax_and_its_gradient(heads, length, seen):
     scores, upstream = normal(heads, length, seen, scale=5.0), normal(heads, length, seen)
     visible = np.arange(seen)[None] <= np.arange(length)[:, None] + seen - length

@@ -82,8 +82,9 @@ def within(name: str, folder: Path) -> Path:
 
 
 def nearest(name: str, candidates) -> str:
-    """A hint `Did you mean 'x'?`, or the empty string."""
-    found = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    """A hint `Did you mean 'x'?`, or the empty string: nothing is near, or the name is itself one of them."""
+    choices = list(candidates)
+    found = [] if name in choices else difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     return f"Did you mean {found[0]!r}?" if found else ""
 
 

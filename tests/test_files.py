@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from finetune.files import json_text, read_json, write_json
+from finetune.files import json_text, nearest, read_json, write_json
 
 
 @pytest.mark.parametrize("text", ["é", "中", "\ud800", "\ud83d and \ude00 apart", "\\ud800", "\0", "😀"])
@@ -27,3 +27,10 @@ def test_keys_are_sorted_unless_asked_not_to():
     assert json_text({"b": 1, "a": 2}, indent=None, sort_keys=False) == '{"b": 1, "a": 2}\n'
     with pytest.raises(ValueError):
         json_text([float("nan")], allow_nan=False)
+
+
+def test_a_name_that_is_right_is_not_suggested_instead_of_itself():
+    known = ["Qwen/Qwen2-7B", "Qwen/Qwen2-7B-Instruct"]
+    assert nearest("Qwen/Qwen2-7B-Instruct", known) == ""
+    assert nearest("Qwen/Qwen2-7B-Instrct", known) == "Did you mean 'Qwen/Qwen2-7B-Instruct'?"
+    assert nearest("somebody/other", known) == ""

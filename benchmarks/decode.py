@@ -187,7 +187,7 @@ def timed(answer: Callable, prompts: list[list[int]], count: int) -> tuple[float
 
 
 def ours(folder: Path) -> tuple[Callable, dict]:
-    from finetune.infer.cpu import pack
+    from finetune.compute.packed import pack
     from finetune.infer.engine import Engine
     from finetune.infer.sampling import Sampling
     from finetune.model.load import load_model

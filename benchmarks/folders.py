@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 from safetensors.numpy import save_file
 
-from finetune.chat.dataset import build_dataset
-from finetune.chat.formats import detect_format, parse_row
 from finetune.chat.messages import Conversation
-from finetune.chat.sources import read_rows
 from finetune.chat.tokenizer import Tokenizer
 from finetune.model.adapters import LoraSettings, peft_config
 from finetune.recipe.schema import Source
+from finetune.rows.dataset import build_dataset
+from finetune.rows.formats import detect_format, parse_row
+from finetune.rows.sources import read_rows
 from tests.tiny import Shape, tiny_config, tiny_tokenizer, tiny_weights, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -41,7 +41,7 @@ def train(job: dict) -> None:
 
 def _timed_reference() -> dict[str, float]:
     """Time what is spent on the reference before the first step; filled in later."""
-    from finetune.train import dpo
+    from finetune.train.preference import task as dpo
 
     make, spent = dpo.make_references, {}
 

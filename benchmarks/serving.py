@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a model with a chat template, instead of random weights")
     arguments = parser.parse_args()
     from finetune.infer.open import open_model
-    from finetune.infer.serve import Limits
+    from finetune.serve.app import Limits
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.folder or tiny_model(Path(scratch), shape=shape(arguments))

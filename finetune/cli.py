@@ -229,7 +229,7 @@ def serve(
     api_key = api_key and api_key.strip()
     if api_key == "":
         raise ArgumentError("the API key is empty", fix="Give a key, or unset FINETUNE_API_KEY.")
-    from finetune.infer.serve import serve as run
+    from finetune.serve.app import serve as run
 
     run(
         model,
@@ -335,7 +335,7 @@ def preview(
     from finetune.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    from finetune.chat.preview import preview as run
+    from finetune.rows.preview import preview as run
 
     run(loaded, 3 if n is None and not json else n, json)
 

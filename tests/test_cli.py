@@ -203,7 +203,7 @@ def test_generate_without_a_prompt(run, monkeypatch):
 
 def test_preview_shows_three_rows_and_all_as_json(run, behind, tmp_path):
     (tmp_path / "r.yaml").write_text(GOOD)
-    calls = behind("finetune.chat.preview", "preview")
+    calls = behind("finetune.rows.preview", "preview")
     for arguments in ([], ["--json"], ["-n", "7", "--json"]):
         assert run("preview", "r.yaml", *arguments)[0] == 0
     assert [call[0][1:] for call in calls] == [(3, False), (None, True), (7, True)]
@@ -225,7 +225,7 @@ def test_an_api_key_that_is_set_is_never_dropped(run, behind, monkeypatch, varia
     monkeypatch.delenv("FINETUNE_API_KEY", raising=False)
     if variable is not None:
         monkeypatch.setenv("FINETUNE_API_KEY", variable)
-    calls = behind("finetune.infer.serve", "serve")
+    calls = behind("finetune.serve.app", "serve")
     code, _, err = run("serve", "m", *arguments)
     if key == "empty":
         assert code == 2 and "the API key is empty" in err and calls == []

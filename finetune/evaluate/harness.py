@@ -11,11 +11,11 @@ from typing import Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from finetune.console import progress
 from finetune.errors import ArgumentError
 from finetune.evaluate.scoring import Score, score_continuations
 from finetune.infer.open import Opened
 from finetune.infer.sampling import Sampling
-from finetune.report.console import progress
 
 # The harness's default for tasks that give none.
 _DEFAULT_NEW_TOKENS = 256

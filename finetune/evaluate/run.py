@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import __version__
+from finetune.console import say
 from finetune.errors import ArgumentError, FinetuneError
 from finetune.evaluate.benchmarks import BENCHMARKS, Benchmark, find_benchmark
 from finetune.infer.open import open_model
 from finetune.infer.partial import replacing
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE
 from finetune.model.resolve import resolve_model
-from finetune.report.console import say
 
 
 def evaluate(

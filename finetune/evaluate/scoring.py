@@ -1,7 +1,7 @@
 """Log-probabilities of continuations. Questions with the same beginning, such as few-shot examples, read it once.
 
 The sequences to score are sorted, neighbours that share a beginning form a group, and groups are laid out as a row of
-spans (finetune/train/layout.py): the shared beginning, then what follows it in each sequence. Answers of one token
+spans (finetune/compute/layout.py): the shared beginning, then what follows it in each sequence. Answers of one token
 after the same question, as in multiple choice, are read off one position.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune.train.forward import score_tokens
-from finetune.train.layout import lay_out_continuations
+from finetune.compute.forward import score_tokens
+from finetune.compute.layout import lay_out_continuations
 
 # Tokens of a row: enough to keep matrix products large, few enough to bound memory.
 ROW_TOKENS = 4096

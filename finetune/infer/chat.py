@@ -26,10 +26,10 @@ from rich.text import Text
 
 from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_ids
+from finetune.console import console, say
 from finetune.errors import DataError
 from finetune.infer.open import Opened, open_model
 from finetune.infer.sampling import DEFAULT_MAX_NEW_TOKENS, Sampling
-from finetune.report.console import console, say
 
 if TYPE_CHECKING:
     from finetune.infer.engine import Delta

@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.console import progress, warn
 from finetune.errors import ArgumentError, DataError
 from finetune.files import hash_file
 from finetune.infer.open import open_model, open_tokenizer
@@ -25,7 +26,6 @@ from finetune.infer.partial import PartialAnswers, hash_model, replacing, resumi
 from finetune.infer.prompts import Prompt, PromptReader
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Sampling
 from finetune.model.resolve import resolve_model
-from finetune.report.console import progress, warn
 
 if TYPE_CHECKING:
     from finetune.infer.engine import Engine, Output

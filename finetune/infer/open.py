@@ -55,7 +55,7 @@ def open_model(model: str | ModelSource, dtype: str = "auto", *, pack: bool = Fa
     if loaded.lora is not None and loaded.dtype == "float32":
         causal = merge_lora(causal)
     if pack:
-        from finetune.infer.cpu import pack as pack_weights
+        from finetune.compute.packed import pack as pack_weights
 
         pack_weights(causal)
     engine = Engine(causal, tokenizer, stop_token_ids={*tokenizer.stop_token_ids, *config["eos_token_id"]})

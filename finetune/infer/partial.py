@@ -19,9 +19,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from finetune.console import say
 from finetune.errors import ArgumentError
 from finetune.model.resolve import HUB_PATTERNS, ModelSource
-from finetune.report.console import say
 
 
 class PartialAnswers:

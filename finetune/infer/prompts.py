@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.chat.formats import parse_row
 from finetune.chat.messages import OWN_KEYS, Conversation, Preference
 from finetune.chat.render import prompt_ids
 from finetune.chat.tokenizer import Tokenizer
+from finetune.console import format_count, warn
 from finetune.errors import ArgumentError, DataError, Fault
-from finetune.report.console import format_count, warn
+from finetune.rows.formats import parse_row
 
 MAX_FAULTS = 20  # faults of an input file that are named before the rest is only counted
 

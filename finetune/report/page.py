@@ -19,9 +19,9 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from finetune.console import format_number, format_seconds
 from finetune.errors import DataError
 from finetune.report.charts import Chart, draw, series
-from finetune.report.console import format_number, format_seconds
 from finetune.report.metrics import read_metrics
 
 MAX_SAMPLES = 24

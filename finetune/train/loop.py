@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.chat.batches import Plan, Step
+from finetune.console import progress
 from finetune.errors import TrainingError
 from finetune.model.runtime import paddle as _bring_up
-from finetune.report.console import progress
+from finetune.rows.plan import Plan, Step
 from finetune.train.optimizer import NamedAdamW
-from finetune.train.parallel import World
+from finetune.train.processes.parallel import World
 
 _bring_up()
 import paddle  # noqa: E402

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune.compute import cpu
 from finetune.errors import CheckpointError
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train import cpu
 
 _bring_up()
 import paddle  # noqa: E402
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import TrainingSection
-    from finetune.train.sharding import Shards
+    from finetune.train.processes.sharding import Shards
 
 _SLOTS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
 _MASTER = "master"

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.chat.batches import Packs, Plan, pack, plan_steps
-from finetune.chat.dataset import DataReport, build_dataset
-from finetune.chat.encode import Settings
-from finetune.chat.rows import split_dataset
-from finetune.chat.stream import RowStream, StreamPacks, StreamPlan, StreamSettings
+from finetune import console
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError
 from finetune.model.resolve import ModelSource, resolve_model
-from finetune.report import console
+from finetune.rows.dataset import DataReport, build_dataset
+from finetune.rows.encode import Settings
+from finetune.rows.plan import Packs, Plan, pack, plan_steps
+from finetune.rows.stream import RowStream, StreamPacks, StreamPlan, StreamSettings
+from finetune.rows.table import split_dataset
 from finetune.train.estimate import Estimate, estimate
-from finetune.train.launch import has_gpu
+from finetune.train.processes.launch import has_gpu
 from finetune.train.schedule import warmup_steps_of
 
 if TYPE_CHECKING:

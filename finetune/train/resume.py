@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune import console
 from finetune.chat.tokenizer import TOKENIZER_FILES
 from finetune.errors import ArgumentError, Fault, RecipeError
 from finetune.model.resolve import resolve_model
-from finetune.report import console
 from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep
 
 if TYPE_CHECKING:
-    from finetune.chat.dataset import DataReport
     from finetune.model.resolve import ModelSource
-    from finetune.train.parallel import World
+    from finetune.rows.dataset import DataReport
     from finetune.train.prepare import Prepared
+    from finetune.train.processes.parallel import World
 
 # Keys that may change between a run and its resumption: they leave the remaining steps as they were.
 _FREE = {
@@ -73,7 +73,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
         for key in ("training.max_steps", "training.num_train_epochs"):
             flat.pop(key, None)
     kept = {k: v for k, v in flat.items() if k not in _FREE}
-    # A stream's files have no hash: what of them was used is compared as it is read again (finetune/chat/stream.py).
+    # A stream's files have no hash: what of them was used is compared as it is read again (finetune/rows/stream.py).
     kept["data.train"] = _contents(flat["data.train"], prepared.train_report)
     kept["model"] = _model_digest(prepared.source)
     kept["processes"] = prepared.world_size

@@ -12,17 +12,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune import console
 from finetune.errors import Fault, FinetuneError, StorageError, TrainingError, UserError
 from finetune.files import sync, write_fault
 from finetune.recipe.load import dump_recipe
-from finetune.report import console
 from finetune.report.manifest import build_manifest, write_manifest
 from finetune.report.metrics import MetricsWriter
 from finetune.report.page import write_report
 from finetune.train.checkpoint import list_steps
 from finetune.train.lock import locked
-from finetune.train.parallel import World, join, world_from_environment
 from finetune.train.prepare import Prepared, describe, prepare
+from finetune.train.processes.parallel import World, join, world_from_environment
 from finetune.train.samples import Answer, write_samples
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def train(
         describe(prepare(recipe, nproc * nnodes, rank=0))
         return
     if world.size == 1 and nproc * nnodes > 1:
-        from finetune.train.launch import launch
+        from finetune.train.processes.launch import launch
 
         launch(recipe, nproc=nproc, nnodes=nnodes, master=master)
         return

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune.compute.layout import IGNORE
 from finetune.files import write_json
-from finetune.train.layout import IGNORE
 
 if TYPE_CHECKING:
     from finetune.train.session import Session

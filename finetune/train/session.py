@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from finetune.chat.stream import Position
+from finetune import console
 from finetune.errors import CheckpointError, Fault, RecipeError
 from finetune.files import sync, sync_tree
 from finetune.model.adapters import LoraSettings
@@ -15,16 +15,16 @@ from finetune.model.load import as_numpy, load_model
 from finetune.model.lora import add_lora, lora_layers, merge_lora, save_peft, training_state
 from finetune.model.runtime import device
 from finetune.model.write import read_companions, save_hf
-from finetune.report import console
+from finetune.rows.stream import Position
 from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
 from finetune.train.loop import Interval, RunState, train_loop
 from finetune.train.optimizer import NamedAdamW, trainable_parameters
-from finetune.train.parallel import World
 from finetune.train.prepare import Prepared
+from finetune.train.processes.parallel import World
+from finetune.train.processes.sharding import Shards
 from finetune.train.resume import Start
 from finetune.train.schedule import learning_rate
 from finetune.train.sft import SftTask
-from finetune.train.sharding import Shards
 
 
 class Session:
@@ -57,7 +57,7 @@ class Session:
     def _tasks(self):
         p = self.prepared
         if p.recipe.method == "dpo":
-            from finetune.train.dpo import make_tasks
+            from finetune.train.preference.task import make_tasks
 
             return make_tasks(self)
         held_out = SftTask(self.model, p.eval, p.eval_packs) if p.eval is not None else None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from finetune.train.forward import total_nll
-from finetune.train.layout import Layout, lay_out_samples
-from finetune.train.parallel import World
+from finetune.compute.forward import total_nll
+from finetune.compute.layout import Layout, lay_out_samples
+from finetune.train.processes.parallel import World
 
 
 class SftTask:

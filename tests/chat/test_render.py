@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.chat.formats import parse_row
 from finetune.chat.messages import Conversation
 from finetune.chat.render import (
     _MARKS,
@@ -22,6 +21,7 @@ from finetune.chat.render import (
 )
 from finetune.chat.template import TemplateFault
 from finetune.errors import CheckpointError, DataError
+from finetune.rows.formats import parse_row
 from tests.chat.cases import PLAIN, TOOLS, WEATHER, said
 from tests.chat.conftest import SHARED, byte_tokenizer, marked
 from tests.tiny import CHATML

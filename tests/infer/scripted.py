@@ -12,7 +12,7 @@ import numpy as np
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.infer.open import Opened
-from finetune.infer.serve import Limits, Server, build_app, listen
+from finetune.serve.app import Limits, Server, build_app, listen
 
 
 @dataclass

@@ -46,7 +46,7 @@ def test_save_appends_training_rows(talk, tmp_path):
         ["system", "user", "assistant"],
     ]
     assert rows[0][0]["content"] == "Be kind."
-    from finetune.chat.formats import parse_row
+    from finetune.rows.formats import parse_row
 
     assert len(parse_row({"messages": rows[0]}, "auto", "f:1").messages) == 5
 

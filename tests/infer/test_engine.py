@@ -87,7 +87,7 @@ def test_logits_equal_the_models_own(engine, model, prompts):
 
 
 def test_prompts_longer_than_one_piece_are_read_alike(engine, model, monkeypatch, prompts, expected):
-    monkeypatch.setattr("finetune.infer.decoder._PIECE", 7)
+    monkeypatch.setattr("finetune.compute.decoder._PIECE", 7)
     outputs = engine.generate(prompts, Sampling(max_new_tokens=5))
     assert [output.tokens for output in outputs] == [tokens[:5] for tokens in expected]
 
@@ -95,8 +95,8 @@ def test_prompts_longer_than_one_piece_are_read_alike(engine, model, monkeypatch
 @pytest.mark.parametrize("scores", [6 * 7 * 640, 6 * 40, 2**27])
 def test_the_memory_of_scores_is_bounded_and_answers_stay(engine, monkeypatch, prompts, expected, scores):
     """The bound splits rows, then the piece of a single row."""
-    monkeypatch.setattr("finetune.infer.decoder._SCORES", scores)
-    monkeypatch.setattr("finetune.infer.decoder._NARROW", 4)
+    monkeypatch.setattr("finetune.compute.decoder._SCORES", scores)
+    monkeypatch.setattr("finetune.compute.decoder._NARROW", 4)
     largest = []
     mask = engine.decoder._mask
 

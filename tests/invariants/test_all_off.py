@@ -143,7 +143,7 @@ def job(request, tmp_path, tiny_folder, capsys):
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_all_on_equals_all_off(job, tuning, tmp_path, tiny_folder, monkeypatch):
-    from finetune.train import attention, forward
+    from finetune.compute import attention, forward
 
     # So that heads are cut into chunks and attention weights made anew, as only larger models need it.
     monkeypatch.setattr(forward, "CHUNK_ELEMENTS", 50 * 416)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat.datafiles import DataFile
-from finetune.chat.formats import parse_row
 from finetune.chat.render import IGNORE, encode_conversation, encode_preference, prompt_ids
-from finetune.chat.sources import read_file
 from finetune.chat.tokenizer import Tokenizer
+from finetune.rows.datafiles import DataFile
+from finetune.rows.formats import parse_row
+from finetune.rows.sources import read_file
 from tests.chat.cases import PLAIN, TOOLS
 
 REPO = Path(__file__).resolve().parents[2]

@@ -120,9 +120,9 @@ def test_a_live_reference_agrees_too(jobs, answers, tuning):
 
 @pytest.mark.parametrize("case", ["sigmoid-full", "simpo-full"])
 def test_trl_tokenizes_the_same(jobs, answers, case):
-    from finetune.chat.dataset import build_dataset
     from finetune.chat.tokenizer import Tokenizer
     from finetune.recipe.load import load_recipe
+    from finetune.rows.dataset import build_dataset
 
     folder, found = jobs
     recipe = load_recipe(write_recipe(folder / "tokens.yaml", found[case], method="dpo", dpo={}))

@@ -123,7 +123,7 @@ def set_generation_config(folder: Path, config: dict, ends: list[int] | int) -> 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("tied", "size"), GREEDY)
 def test_greedy_tokens_of_100_prompts(jobs, tied, size, packed):
-    from finetune.infer.cpu import pack
+    from finetune.compute.packed import pack
     from finetune.infer.engine import Engine
     from finetune.model.load import load_model
 
@@ -148,7 +148,7 @@ def test_greedy_tokens_of_the_05b_shape(tmp_path):
 
     Eight prompts, or FINETUNE_PARITY_PROMPTS of them: 100 take 25 minutes on two cores.
     """
-    from finetune.infer.cpu import pack
+    from finetune.compute.packed import pack
     from finetune.infer.engine import Engine
     from finetune.model.load import load_model
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 import finetune.infer.samples
-import finetune.train.dpo
+import finetune.train.preference.task
 import finetune.train.session  # noqa: F401
 from finetune import cli
 from finetune.recipe.load import load_recipe

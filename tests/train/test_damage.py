@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.report import console
+from finetune import console
 from tests.runs import finetune, metrics, steps, write_recipe
 
 DAMAGES = ("truncated", "emptied", "bit flipped", "deleted")

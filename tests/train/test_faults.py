@@ -188,7 +188,7 @@ def test_a_run_that_started_over_says_how_to_go_on_and_keeps_a_recipe_that_does(
 
 
 def test_other_ranks_end_after_the_first_has_written_that_the_run_stopped(tmp_path, tiny_folder, monkeypatch):
-    from finetune.train.parallel import World
+    from finetune.train.processes.parallel import World
 
     recipe, seen = write_recipe(tmp_path, tiny_folder, max_steps=3), []
     manifest, report = (tmp_path / "run" / name for name in ("manifest.json", "report.html"))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat import stream
-from finetune.chat.sources import Block
-from finetune.report import console
+from finetune import console
+from finetune.rows import stream
+from finetune.rows.sources import Block
 from finetune.train import prepare
 from tests.invariants.test_sft import final_digest, losses_and_norms, train
 from tests.runs import finetune, write_recipe

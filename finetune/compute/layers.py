@@ -1,0 +1,210 @@
+"""PaddleNLP's Qwen2 set up for training by spans, with cheaper layers on CPU. The mathematics is unchanged.
+
+Only the `forward` of single layers is replaced, on the instance; parameters, names and structure stay PaddleNLP's.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from finetune.compute import cpu, gpu
+from finetune.compute.attention import attention_forward
+from finetune.model.runtime import paddle as _bring_up
+
+_bring_up()
+import paddle
+import paddle.nn.functional as F
+from paddle.autograd import PyLayer
+from paddlenlp.peft.lora.lora_layers import LoRALinear
+
+_EPSILON = 1e-6  # in the trial of a norm kernel
+
+
+def prepare_layers(lm) -> None:
+    """Replace what training computes in another way. Does nothing the second time.
+
+    Args:
+        lm: Qwen2ForCausalLM, its adapter (if any) already in place.
+    """
+    if isinstance(lm.qwen2.norm.forward, partial):
+        return
+    for layer in lm.qwen2.layers:
+        layer.self_attn.forward = partial(attention_forward, layer.self_attn)
+        layer.mlp.forward = partial(mlp_forward, layer.mlp)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.forward = partial(rms_norm, norm)
+    for module in lm.sublayers():
+        if isinstance(module, LoRALinear):
+            module.forward = partial(lora_linear, module)
+    lm.qwen2.norm.forward = partial(rms_norm, lm.qwen2.norm)
+
+
+def rms_norm(norm, x):
+    """x / rms(x) * weight, as PaddleNLP's Qwen2RMSNorm: [1, T, hidden]."""
+    if cpu.fits(x, norm.weight):
+        return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+    shapes = (8, x.shape[-1]), tuple(norm.weight.shape)
+    if x.dtype == norm.weight.dtype and gpu.chosen("rms_norm", x.dtype, shapes, _try_rms_norm_fused, _try_rms_norm):
+        return _rms_norm_fused(x, norm.weight, norm.variance_epsilon)
+    return type(norm).forward(norm, x)
+
+
+def _rms_norm_fused(x, weight, epsilon):
+    return F.rms_norm(x, [x.shape[-1]], weight, epsilon)[0]
+
+
+def _try_rms_norm_fused(x, weight):
+    return [_rms_norm_fused(x, weight, _EPSILON)]
+
+
+def _try_rms_norm(x, weight):
+    wide = x.astype("float32")
+    return [(wide * paddle.rsqrt(wide.square().mean(-1, keepdim=True) + _EPSILON)).astype(x.dtype) * weight]
+
+
+class _RmsNorm(PyLayer):
+    @staticmethod
+    def forward(ctx, x, weight, epsilon):
+        x = x.contiguous()
+        out = paddle.empty(x.shape, dtype="float32")
+        inverse = np.empty(x.size // x.shape[-1], np.float32)
+        cpu.rms_norm(_rows(x), cpu.array_of(weight), epsilon, _rows(out), inverse)
+        ctx.save_for_backward(x, weight)
+        ctx.inverse, ctx.wants = inverse, wants(x, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensor()
+        grad = grad.contiguous()
+        out = paddle.empty(x.shape, dtype="float32")
+        cpu.rms_norm_backward(_rows(x), cpu.array_of(weight), ctx.inverse, _rows(grad), _rows(out))
+        grad_weight = None
+        if ctx.wants[1]:
+            grad_weight = paddle.to_tensor(np.einsum("th,th,t->h", _rows(grad), _rows(x), ctx.inverse))
+        return given(ctx.wants, out, grad_weight)
+
+
+def swiglu(gate, up):
+    """silu(gate) * up: [1, T, intermediate]."""
+    if cpu.fits(gate, up):
+        return _Swiglu.apply(gate, up)
+    return F.swiglu(gate, up)
+
+
+class _Swiglu(PyLayer):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        ctx.wants = wants(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensor()
+        return given(ctx.wants, *_gated_backward(gate, up, grad.contiguous()))
+
+
+def _gated(gate, up):
+    out = paddle.empty(gate.shape, dtype="float32")
+    cpu.swiglu(_rows(gate), _rows(up), _rows(out))
+    return out
+
+
+def _gated_backward(gate, up, grad):
+    d_gate, d_up = paddle.empty(gate.shape, dtype="float32"), paddle.empty(up.shape, dtype="float32")
+    cpu.swiglu_backward(_rows(gate), _rows(up), _rows(grad), _rows(d_gate), _rows(d_up))
+    return d_gate, d_up
+
+
+def mlp_forward(mlp, x):
+    """down(silu(gate(x)) * up(x)), as PaddleNLP's Qwen2MLP: [1, T, hidden]."""
+    gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
+    if isinstance(down, LoRALinear) and _is_plain(down) and cpu.fits(gate, up):
+        return _GatedLoraLinear.apply(gate, up, down.weight, down.bias, down.lora_A, down.lora_B, down.scaling)
+    return down(swiglu(gate, up))
+
+
+def lora_linear(layer, x):
+    """x W + b + scaling * dropout(x) A B, as PaddleNLP's LoRALinear: [1, T, in] -> [1, T, out]."""
+    if not _is_plain(layer):
+        return type(layer).forward(layer, x)
+    return _LoraLinear.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+
+
+def _is_plain(layer) -> bool:
+    """Whether an adapter is at work, without dropout."""
+    return not (layer.disable_lora or layer.merged or isinstance(layer.lora_dropout, paddle.nn.Dropout))
+
+
+class _LoraLinear(PyLayer):
+    """In one node, so that the low-rank product is added inside the matrix product and not in passes of its own."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scaling):
+        ctx.x_wants, ctx.scaling, ctx.biased = not x.stop_gradient, scaling, bias is not None
+        out, low = _adapted(x, weight, bias, A, B, scaling)
+        ctx.save_for_backward(x, weight, A, B, low)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, A, B, low = ctx.saved_tensor()
+        d_x, d_A, d_B = _adapted_backward(grad, x, weight, A, B, low, ctx.scaling, ctx.x_wants)
+        return (d_x, None, *[None] * ctx.biased, d_A, d_B)  # the weight and its bias are frozen
+
+
+class _GatedLoraLinear(PyLayer):
+    """The same of silu(gate) * up, which is the widest tensor of a layer: made again in the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias, A, B, scaling):
+        ctx.wants, ctx.scaling, ctx.biased = wants(gate, up), scaling, bias is not None
+        out, low = _adapted(_gated(gate, up), weight, bias, A, B, scaling)
+        ctx.save_for_backward(gate, up, weight, A, B, low)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, weight, A, B, low = ctx.saved_tensor()
+        x = _gated(gate, up)
+        d_x, d_A, d_B = _adapted_backward(grad, x, weight, A, B, low, ctx.scaling, any(ctx.wants))
+        d_gate, d_up = None, None
+        if d_x is not None:
+            d_gate, d_up = given(ctx.wants, *_gated_backward(gate, up, d_x))
+        return (d_gate, d_up, None, *[None] * ctx.biased, d_A, d_B)
+
+
+def _adapted(x, weight, bias, A, B, scaling):
+    """(x W + b + scaling * x A B, scaling * x A): [..., in] -> [..., out] and [T, rank]."""
+    rows = x.reshape([-1, x.shape[-1]])
+    low = paddle.matmul(rows, A).scale_(scaling)
+    return F.linear(rows, weight, bias).addmm_(low, B).reshape([*x.shape[:-1], -1]), low
+
+
+def _adapted_backward(grad, x, weight, A, B, low, scaling, x_wants):
+    """Gradients of x (None unless wanted), A and B."""
+    rows, x = grad.reshape([-1, grad.shape[-1]]), x.reshape([-1, x.shape[-1]])
+    d_low = paddle.matmul(rows, B, transpose_y=True).scale_(scaling)
+    d_A = paddle.matmul(x, d_low, transpose_x=True)
+    d_B = paddle.matmul(low, rows, transpose_x=True)
+    if not x_wants:  # below the first adapter
+        return None, d_A, d_B
+    d_x = paddle.matmul(rows, weight, transpose_y=True).addmm_(d_low, A.t())
+    return d_x.reshape([*grad.shape[:-1], -1]), d_A, d_B
+
+
+def wants(*inputs) -> list[bool]:
+    """Which inputs of a PyLayer take a gradient. Asked in the forward pass: tensors that were saved say otherwise."""
+    return [not x.stop_gradient for x in inputs]
+
+
+def given(wants: list[bool], *gradients) -> tuple:
+    """Gradients as Paddle wants them from a PyLayer: None where the input takes none."""
+    return tuple(gradient if wanted else None for wanted, gradient in zip(wants, gradients))
+
+
+def _rows(tensor) -> np.ndarray:
+    return cpu.array_of(tensor).reshape(-1, tensor.shape[-1])

@@ -1,0 +1,339 @@
+"""A block of rows to tokens: read, check, render, tokenize, cut. What every process does that prepares data.
+
+The result depends on the block, the settings and the form of the source's rows alone, so that it is the same in
+whichever process and order blocks are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from finetune.chat.messages import Conversation, Preference
+from finetune.chat.render import (
+    IGNORE,
+    Example,
+    PairExample,
+    encode_pairs,
+    encode_rendered,
+    render_conversation,
+    render_preference,
+    shared_prompt_length,
+)
+from finetune.chat.tokenizer import Tokenizer
+from finetune.errors import DataError, Fault
+from finetune.rows.formats import detect_format, parse_row
+from finetune.rows.sources import Block
+from finetune.rows.table import Part
+
+MAX_FAULTS = 10
+MAX_NAMED = 5
+_BATCH = 1024
+
+
+class DataSettings(Protocol):
+    """What is needed of the recipe's data section."""
+
+    max_length: int
+    overlong: str
+    train_on: str
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a row's tokens depend on beside the tokenizer: `DataSettings`, and sft or dpo."""
+
+    method: str
+    max_length: int
+    overlong: str
+    train_on: str
+
+    @classmethod
+    def of(cls, data: DataSettings, method: str) -> Settings:
+        """Take what is needed of the recipe."""
+        return cls(method, data.max_length, data.overlong, data.train_on)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A block to be done.
+
+    Attributes:
+        block: The rows.
+        source, file: Numbers of the source and of the file in the order in which they are read.
+        name: The file's name.
+        format: As the source says: `auto` or a form.
+        form: The form of the rows before, `auto` where it is not known.
+        limit: Take so many rows of the block, the first ones; None takes all.
+        keep: Stop once so many rows are kept.
+        share: (r, n): take every n-th row of the block, from the r-th on.
+        check_only: Find faults, make no tokens.
+    """
+
+    block: Block
+    source: int
+    file: int
+    name: str
+    format: str
+    form: str = "auto"
+    limit: int | None = None
+    keep: int | None = None
+    share: tuple[int, int] = (0, 1)
+    check_only: bool = False
+
+
+@dataclass
+class Faults:
+    """Faults of rows in order: all are counted, the first `MAX_FAULTS` kept."""
+
+    count: int = 0
+    first: list[Fault] = field(default_factory=list)
+
+    def add(self, faults: Sequence[Fault], count: int = 1) -> None:
+        """Note what is wrong with `count` rows or files."""
+        self.count += count
+        self.first += faults[: MAX_FAULTS - len(self.first)]
+
+
+@dataclass
+class Named:
+    """Rows under a heading, counted; the first `MAX_NAMED` as (file, row number)."""
+
+    count: int = 0
+    first: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, rows: Sequence[tuple[int, int]], count: int = 1) -> None:
+        """Note `count` rows."""
+        self.count += count
+        self.first += rows[: MAX_NAMED - len(self.first)]
+
+
+COUNTS = ("truncated", "prompts_cut", "responses_cut", "dropped", "unsupervised")
+
+
+@dataclass
+class Result:
+    """What became of a block.
+
+    Attributes:
+        read: Rows read.
+        form: The form of its last row; `auto` where no row has a known one.
+        part: The rows that are kept; None where there are none, or for `check_only`.
+        faults: Of rows that cannot be used.
+        too_long: Of rows that are longer than max_length, with overlong: error.
+        named: Rows to be told of, by heading.
+        counts: Rows by what happened to them, see `DataReport`.
+        longest: Tokens of the longest row before cutting.
+    """
+
+    read: int = 0
+    form: str = "auto"
+    part: Part | None = None
+    faults: Faults = field(default_factory=Faults)
+    too_long: Faults = field(default_factory=Faults)
+    named: dict[str, Named] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    longest: int = 0
+
+
+class Encoder:
+    """Does blocks, with one tokenizer and one set of settings."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: Settings):
+        self.tokenizer, self.settings = tokenizer, settings
+
+    def encode(self, task: Task) -> Result:
+        """Do one block.
+
+        Raises:
+            CheckpointError: the tokenizer's chat template cannot be used.
+        """
+        return _Run(self.tokenizer, self.settings, task).result
+
+
+class _Run:
+    """One block in the making."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: Settings, task: Task):
+        self.tokenizer, self.settings, self.task = tokenizer, settings, task
+        self.result = Result(form=task.form)
+        self.pair = settings.method == "dpo"
+        self.numbers: list[int] = []
+        self.rows: list[Any] = []
+        batch: list[tuple[int, Any]] = []
+        size = _BATCH if task.keep is None else min(task.keep, _BATCH)
+        first, step = task.share
+        for index, (number, row) in enumerate(task.block.rows(task.name)):
+            if index == task.limit or (task.keep is not None and len(self.rows) >= task.keep):
+                break
+            if index % step != first:
+                continue
+            self.result.read += 1
+            try:
+                batch.append((number, self._rendered(row, number)))
+            except DataError as error:
+                self.result.faults.add(error.faults)
+            if len(batch) == size:
+                self._encode(batch)
+                batch = []
+        self._encode(batch)
+        if self.rows:
+            self.result.part = Part.of(task.file, self.numbers, self.rows)
+
+    def _name(self, number: int) -> str:
+        return f"{self.task.name}:{number}"
+
+    def _note(self, heading: str, number: int) -> None:
+        self.result.named.setdefault(heading, Named()).add([(self.task.file, number)])
+
+    # -- checks ------------------------------------------------------------------------------------------------
+
+    def _rendered(self, row: dict | Fault, number: int):
+        if isinstance(row, Fault):
+            raise DataError.of([row])
+        name = self._name(number)
+        self.result.form = form = self._form(row, name)
+        parsed = self._checked(parse_row(row, form, name))
+        return self._render_pair(parsed, number) if self.pair else self._render(parsed, number)
+
+    def _form(self, row: dict, name: str) -> str:
+        """The first row of an `auto` source decides; a row of another form is a fault, not a guess."""
+        if self.task.format != "auto":
+            return self.task.format
+        found, form = detect_format(row, name), self.result.form
+        if form not in ("auto", found):
+            raise DataError(
+                f"a row of form {found}, but the rows before it are {form}",
+                where=name,
+                fix="Give files of different forms as separate sources.",
+            )
+        return found
+
+    def _checked(self, parsed: Conversation | Preference) -> Conversation | Preference:
+        pair = isinstance(parsed, Preference)
+        if pair != self.pair:
+            found, wanted = ("preference", "conversations") if pair else ("conversation", "preferences")
+            raise DataError(
+                f"a {found} row, but method {self.settings.method} trains on {wanted}",
+                where=parsed.source,
+                fix=f"Use method: {'dpo' if pair else 'sft'}, or rows of the right form.",
+            )
+        return parsed
+
+    def _render(self, conversation: Conversation, number: int):
+        self._note_tools(conversation, number)
+        return render_conversation(self.tokenizer, conversation, self.settings.train_on)
+
+    def _render_pair(self, preference: Preference, number: int):
+        self._note_tools(preference.prompt, number)
+        if [_said(m) for m in preference.chosen] == [_said(m) for m in preference.rejected]:
+            self._note("with chosen equal to rejected, which teaches nothing: {rows}.", number)
+        for side in ("chosen", "rejected"):
+            if not any(_said(message).strip() for message in getattr(preference, side)):
+                self._note(f"with an empty {side} answer: {{rows}}.", number)
+        return render_preference(self.tokenizer, preference)
+
+    def _note_tools(self, conversation: Conversation, number: int) -> None:
+        if conversation.tools and not self.tokenizer.template_for(conversation.tools).knows_tools:
+            self._note(
+                "with tools that the model's chat template does not show: {rows}. "
+                "Use a model whose template knows tools, such as Qwen2.5-Instruct.",
+                number,
+            )
+
+    # -- tokens ------------------------------------------------------------------------------------------------
+
+    def _encode(self, rendered: list[tuple[int, Any]]) -> None:
+        # With a fault nothing will be trained; the rest is only checked.
+        if self.task.check_only or self.result.faults.count or not rendered:
+            return
+        encode, take = (encode_pairs, self._take_pair) if self.pair else (encode_rendered, self._take)
+        for (number, _), row in zip(rendered, encode(self.tokenizer, [item for _, item in rendered]), strict=True):
+            kept = take(row, number)
+            if kept is not None:
+                self.rows.append(kept)
+                self.numbers.append(number)
+
+    def _take(self, example: Example, number: int) -> Example | None:
+        limit, length = self.settings.max_length, len(example.input_ids)
+        self.result.longest = max(self.result.longest, length)
+        if not _predicted(example):
+            return self._leave_out("left out for having no supervised token: {rows}.", number)
+        if length <= limit:
+            return example
+        if not self._may_cut(length, number):
+            return None
+        example = replace(example, input_ids=example.input_ids[:limit], labels=example.labels[:limit])
+        if not _predicted(example):
+            return self._leave_out("left out because nothing of the responses lies within max_length: {rows}.", number)
+        self.result.counts["truncated"] += 1
+        return example
+
+    def _take_pair(self, pair: PairExample, number: int) -> PairExample | None:
+        length = max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
+        self.result.longest = max(self.result.longest, length)
+        whole = pair
+        if length > self.settings.max_length:
+            if not self._may_cut(length, number):
+                return None
+            pair = cut_pair(pair, self.settings.max_length)
+        for side in ("chosen", "rejected"):
+            if not _predicted(getattr(pair, side)):
+                cut = "within max_length" if _predicted(getattr(whole, side)) else "trained on"
+                return self._leave_out(f"left out because nothing of the {side} answer is {cut}: {{rows}}.", number)
+        if pair is not whole:
+            counts = self.result.counts
+            counts["truncated"] += 1
+            counts["prompts_cut"] += len(pair.prompt_ids) < len(whole.prompt_ids)
+            counts["responses_cut"] += any(
+                getattr(pair, side).num_supervised < getattr(whole, side).num_supervised
+                for side in ("chosen", "rejected")
+            )
+        return pair
+
+    def _may_cut(self, length: int, number: int) -> bool:
+        """Apply the over-long policy; False: the row is not to be kept."""
+        if self.settings.overlong == "error":
+            self.result.too_long.add(
+                [
+                    Fault(
+                        f"{length:,} tokens, but data.max_length is {self.settings.max_length:,}",
+                        self._name(number),
+                        "Raise data.max_length, shorten the row, or set data.overlong to truncate or drop.",
+                    )
+                ]
+            )
+        elif self.settings.overlong == "drop":
+            self.result.counts["dropped"] += 1
+        return self.settings.overlong == "truncate"
+
+    def _leave_out(self, heading: str, number: int) -> None:
+        self.result.counts["unsupervised"] += 1
+        self._note(heading, number)
+
+
+def cut_pair(pair: PairExample, max_length: int) -> PairExample:
+    """Cut a pair so that neither side is longer than max_length tokens.
+
+    The oldest tokens of the prompt go first, the same on both sides; the generation header stays. If a response with
+    the header alone is too long, it loses its end.
+    """
+    excess = max(len(pair.chosen.input_ids), len(pair.rejected.input_ids)) - max_length
+    start = max(0, min(excess, len(pair.prompt_ids) - pair.header_length))
+    place = slice(start, start + max_length)
+    chosen, rejected = (
+        replace(side, input_ids=side.input_ids[place], labels=side.labels[place])
+        for side in (pair.chosen, pair.rejected)
+    )
+    shared = shared_prompt_length(chosen, rejected)
+    return replace(pair, prompt_ids=chosen.input_ids[:shared], chosen=chosen, rejected=rejected)
+
+
+def _predicted(example: Example) -> bool:
+    """Whether any token is trained on; the first has nothing before it to be predicted from."""
+    return bool((example.labels[1:] != IGNORE).any())
+
+
+def _said(message: dict) -> str:
+    return message.get("content") or str(message.get("tool_calls") or "")

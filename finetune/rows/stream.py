@@ -1,0 +1,392 @@
+"""Rows that are tokenized while the model trains, for data that is too large to be prepared beforehand.
+
+A process of its own goes through the files, block by block, over and over. Of each block it takes this rank's share of
+the rows, makes tokens of them, packs and shuffles them within the block, and stays a few blocks ahead of the step. All
+of it depends on the data, the settings and the block's number alone, so that a position in the stream is enough to go
+on from: what was used before is read again, and compared with what it was, but not tokenized.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+
+from finetune.chat.tokenizer import Tokenizer
+from finetune.errors import DataError, FinetuneError
+from finetune.rows.datafiles import DataFile, Source, find_files
+from finetune.rows.dataset import DataReport, FileReport, add_named, input_size, length_notes, named_notes
+from finetune.rows.encode import Encoder, Named, Result, Settings, Task
+from finetune.rows.plan import Packs, Step, pack
+from finetune.rows.sources import Block, read_blocks
+from finetune.rows.table import Dataset, PairDataset, Table, dataset_of
+from finetune.rows.workers import Worker, answer, connect
+
+BLOCK_BYTES = 4 * 2**20
+"""Text in a block, within which rows are shuffled and packed: some 4,500 rows of alpaca's kind."""
+
+# Blocks that wait for the step, beside the one that is being used and the one in the making.
+_AHEAD = 2
+_ROW_BITS = 32
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank stands in the stream.
+
+    Attributes:
+        epoch, block: The block of the unit that was last taken, from 0.
+        unit: How many units of the block were taken.
+        digest: SHA-256 of the rank's rows of this epoch, those of the block included; None before the first block.
+        form: The form of the rows before the block, in its source.
+        whole: SHA-256 of an epoch; None in the first.
+    """
+
+    epoch: int = 0
+    block: int = 0
+    unit: int = 0
+    digest: str | None = None
+    form: str = "auto"
+    whole: str | None = None
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What the stream depends on beside the data and the tokenizer.
+
+    Attributes:
+        encode: How rows become tokens.
+        room: Tokens of a pack; None does not pack.
+        share: (r, n): take every n-th row, from the r-th on.
+        block_bytes: Text in a block.
+    """
+
+    encode: Settings
+    room: int | None
+    seed: int
+    shuffle: bool
+    share: tuple[int, int]
+    block_bytes: int = BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class _Block:
+    """One block as the worker sends it. start, end: which share of the epoch it is, from 0 to 1."""
+
+    position: Position
+    result: Result
+    rows: np.ndarray
+    starts: np.ndarray
+    start: float
+    end: float
+
+
+# -- the worker --------------------------------------------------------------------------------------------------
+
+
+def run(fd: int) -> None:
+    """Send blocks for ever, or until something is wrong or the parent closes the pipe."""
+    connection = connect(fd)
+    try:
+        content, settings, sources, base, start = connection.recv()
+        made = _Maker(Tokenizer.of_content(content), settings, sources, base).blocks(start)
+        while answer(connection, lambda: next(made)):
+            pass
+    except (EOFError, OSError):
+        return
+
+
+class _Maker:
+    """Reads and tokenizes, in the worker."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: StreamSettings, sources: Sequence[Source], base: Path | None):
+        self.encoder = Encoder(tokenizer, settings.encode)
+        self.settings, self.sources = settings, sources
+        self.found = [find_files(source, base) for source in sources]
+        self.files = [file for found in self.found for file in found]
+        self.states = {file.name: file.state() for file in self.files}
+        self.size = max(1, sum(map(input_size, self.files)))
+
+    def blocks(self, start: Position) -> Iterator[_Block]:
+        """All blocks from a position on.
+
+        Raises:
+            DataError: rows are wrong; a file changed; what was read before the position is no longer what it was.
+        """
+        epoch, whole = start.epoch, start.whole
+        while True:
+            digest, done, units = hashlib.sha256(), 0, 0
+            form, source = "auto", -1
+            for number, task in enumerate(self._tasks()):
+                digest.update(_digest(task.block, self.settings.share))
+                begin, done = done, done + task.block.size
+                if task.source != source:
+                    form, source = task.format, task.source
+                at_start = (epoch, number) == (start.epoch, start.block)
+                if epoch == start.epoch and number < start.block:
+                    continue
+                if at_start and start.digest is not None:
+                    if digest.hexdigest() != start.digest:
+                        raise _changed_since()
+                    form = start.form
+                position = Position(epoch, number, 0, digest.hexdigest(), form, whole)
+                block = self._block(task, position, begin, done)
+                form = block.result.form
+                units += len(block.starts) - 1
+                yield block
+            if whole is not None and digest.hexdigest() != whole:
+                raise DataError(
+                    "the rows are no longer those of the pass before",
+                    where=", ".join(file.name for file in self.files[:3]),
+                    fix="Give a streaming run files that nobody writes to.",
+                )
+            if not units and epoch > start.epoch:
+                raise DataError(
+                    "no row of the stream can be trained on",
+                    where=", ".join(file.name for file in self.files[:3]),
+                    fix="Look at them with `finetune preview`; there must be at least one for each process.",
+                )
+            whole, epoch = digest.hexdigest(), epoch + 1
+
+    def _tasks(self) -> Iterator[Task]:
+        """All blocks of an epoch."""
+        first = 0
+        for number, (source, found) in enumerate(zip(self.sources, self.found)):
+            left = source.samples
+            for index, file in enumerate(found, first):
+                if left == 0:
+                    break
+                self._check(file)
+                for block in read_blocks(file, self.settings.block_bytes):
+                    self._check(file)
+                    yield Task(block, number, index, file.name, source.format, limit=left, share=self.settings.share)
+                    left = None if left is None else left - min(left, block.count)
+                    if left == 0:
+                        break
+                self._check(file)
+            first += len(found)
+
+    def _check(self, file: DataFile) -> None:
+        if file.state() != self.states[file.name]:
+            raise DataError(
+                "the file changed while it was being streamed",
+                where=file.name,
+                fix="Give a streaming run a file that nobody writes to; a copy, say.",
+            )
+
+    def _block(self, task: Task, position: Position, begin: int, end: int) -> _Block:
+        result = self.encoder.encode(Task(**vars(task) | {"form": position.form}))
+        for faults in (result.faults, result.too_long):
+            if faults.count:
+                raise DataError.of(faults.first)
+        packs = Packs.single(0)
+        if result.part is not None:
+            lengths = dataset_of(Table([result.part], [task.name]), self.settings.encode.method).lengths
+            packs = Packs.single(len(lengths)) if self.settings.room is None else pack(lengths, self.settings.room)
+        if self.settings.shuffle:
+            seed = [self.settings.seed, position.epoch, position.block]
+            packs = packs.permuted(np.random.Generator(np.random.PCG64(seed)).permutation(len(packs)))
+        start, end = (min(1.0, at / self.size) for at in (begin, end))
+        return _Block(position, result, packs.rows, packs.starts, start, end)
+
+
+def _digest(block: Block, share: tuple[int, int]) -> bytes:
+    """SHA-256 of a rank's rows of a block, where they can be told without parsing; else of the whole block.
+
+    A rank whose own rows are good goes on from a block in which another rank's row was mended.
+    """
+    first, step = share
+    if block.kind != "lines" or step == 1:
+        return block.sha256()
+    lines = [line for line in block.content.split(b"\n") if line.strip()]
+    return hashlib.sha256(b"\n".join(lines[first::step])).digest()
+
+
+def _changed_since() -> DataError:
+    return DataError(
+        "the rows that were trained on before the checkpoint are no longer what they were",
+        where="data.train",
+        fix="Undo the change; or, if it mended a row, set training.resume_from_checkpoint to an earlier checkpoint's "
+        "folder; or start over with training.resume_from_checkpoint=never.",
+    )
+
+
+# -- the run's side ----------------------------------------------------------------------------------------------
+
+
+class RowStream:
+    """A stream of units: rows, or packs of rows. It stands in for a dataset and its packs.
+
+    A unit is numbered by its place in this process's part of the run; rows of units that lie behind are forgotten.
+
+    Attributes:
+        report: What became of the rows so far.
+        position: After the units that were taken last; what a checkpoint holds.
+        fault: What ended the stream; None while it goes on.
+
+    Raises:
+        DataError: a source names no file.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Tokenizer,
+        settings: StreamSettings,
+        base: Path | None = None,
+    ):
+        names = ("path", "format", "split", "samples")
+        plain = [SimpleNamespace(**{name: getattr(source, name) for name in names}) for source in sources]
+        self._job = tokenizer, settings, plain, base
+        self.settings = settings
+        self.files = [file.name for source in sources for file in find_files(source, base)]
+        self.report = DataReport(files=[FileReport(name, None, None) for name in self.files])
+        self._named: dict[str, Named] = {}
+        self.fault: FinetuneError | None = None
+        self.position = self._before = Position()
+        self._worker: Worker | None = None
+        self._queue: queue.Queue[_Block | Exception] = queue.Queue(_AHEAD)
+        self._closed = threading.Event()
+        # By serial number: the block, its dataset, its packs. Units that were not taken: (serial, index in the block).
+        self._blocks: dict[int, tuple[_Block, Dataset | PairDataset | None, Packs]] = {}
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._units: dict[int, tuple[int, int]] = {}
+        self._serial = self._taken = self._skip = 0
+
+    def start(self, position: Position) -> None:
+        """Begin to work ahead from a position."""
+        tokenizer, settings, sources, base = self._job
+        self.position, self._skip = position, position.unit
+        self._worker = Worker(run)
+        self._worker.send((tokenizer.content(), settings, sources, base, position))
+        threading.Thread(target=self._receive, name="stream", daemon=True).start()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                item = self._worker.receive()
+            except Exception as error:  # raised where the rows are asked for
+                item = error
+            while not self._closed.is_set():
+                try:
+                    self._queue.put(item, timeout=0.5)
+                    break
+                except queue.Full:
+                    continue
+            if self._closed.is_set() or isinstance(item, Exception):
+                return
+
+    def close(self) -> None:
+        """End the worker."""
+        self._closed.set()
+        if self._worker is not None:
+            self._worker.close()
+
+    def take(self, count: int) -> tuple[list[int], float]:
+        """The numbers of the next units, and the epochs done with them. Waits if the worker is behind.
+
+        Raises:
+            DataError: rows are wrong, or a file changed. Nothing was taken then.
+        """
+        while len(self._waiting) < count:
+            self._add(self._queue.get())
+        taken = [self._waiting.popleft() for _ in range(count)]
+        for serial in [serial for serial in self._blocks if serial < taken[0][0]]:
+            del self._blocks[serial]
+        self._units = dict(enumerate(taken, self._taken))
+        self._taken += count
+        serial, index = taken[-1]
+        block, _, packs = self._blocks[serial]
+        self._before = self.position
+        self.position = Position(**asdict(block.position) | {"unit": index + 1})
+        done = block.start + (block.end - block.start) * (index + 1) / len(packs)
+        return list(self._units), block.position.epoch + done
+
+    def put_back(self) -> None:
+        """Stand where the stream stood before the last `take`: its units are not used. Nothing can be taken then."""
+        self.position = self._before
+
+    def _add(self, item: _Block | Exception) -> None:
+        if isinstance(item, Exception):
+            self._queue.put(item)  # what follows is the same
+            raise item
+        rows, packs = None, Packs(item.rows, item.starts)
+        if item.result.part is not None:
+            rows = dataset_of(Table([item.result.part], self.files), self.settings.encode.method)
+        self._blocks[self._serial] = item, rows, packs
+        self._waiting.extend((self._serial, index) for index in range(self._skip, len(packs)))
+        self._serial, self._skip = self._serial + 1, 0
+        if item.position.epoch == 0:
+            self._count(item.result, rows)
+
+    def _count(self, result: Result, rows: Dataset | PairDataset | None) -> None:
+        report = self.report
+        report.read += result.read
+        report.longest = max(report.longest, result.longest)
+        for name, count in result.counts.items():
+            setattr(report, name, getattr(report, name) + count)
+        if rows is not None:
+            report.kept += len(rows)
+            report.tokens += int(rows.lengths.sum())
+            report.supervised_tokens += int(rows.num_supervised.sum())
+        encode = self.settings.encode
+        add_named(self._named, result.named)
+        report.notes = length_notes(report, encode.max_length, encode.method) + named_notes(self._named, self.files)
+
+    # -- as dataset and packs ------------------------------------------------------------------------------------
+
+    def pack(self, unit: int) -> list[int]:
+        """The rows of a unit of the step that was taken last, as `self[row]` takes them."""
+        serial, index = self._units[unit]
+        return [(serial << _ROW_BITS) + row for row in self._blocks[serial][2][index]]
+
+    def __getitem__(self, row: int) -> Any:
+        rows = self._blocks[row >> _ROW_BITS][1]
+        return rows[row & ((1 << _ROW_BITS) - 1)]
+
+
+class StreamPacks:
+    """The units of a stream, indexed as `Packs` are."""
+
+    def __init__(self, stream: RowStream):
+        self._stream = stream
+
+    def __getitem__(self, unit: int) -> list[int]:
+        return self._stream.pack(int(unit))
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """A run over a stream: each step takes the next units of each rank's share; see `batches.Plan`."""
+
+    stream: RowStream
+    batch_size: int
+    accumulation: int
+    total_steps: int
+    may_fail: ClassVar[bool] = True
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """The steps from `start` on, which is where the stream stands. One with a fault is the last."""
+        for number in range(start, self.total_steps):
+            epoch = self.stream.position.epoch
+            try:
+                units, done = self.stream.take(self.batch_size * self.accumulation)
+            except FinetuneError as error:
+                self.stream.fault = error
+                yield Step(number, epoch, float(epoch), [], failed=True)
+                return
+            rows = np.array(units, np.int64)
+            batches = [rows[at : at + self.batch_size] for at in range(0, len(rows), self.batch_size)]
+            yield Step(number, epoch, done, batches)
+
+    def put_back(self) -> None:
+        """Let a checkpoint hold the position before the last step, which this rank could make and another could not."""
+        self.stream.put_back()

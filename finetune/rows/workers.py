@@ -1,0 +1,186 @@
+"""Processes that tokenize: fresh interpreters without paddle, each at the other end of a pipe.
+
+They are started as programs, not through `multiprocessing`, which would run the caller's main module in each of them
+and leave them waiting when the caller is killed. A worker that finds the pipe closed ends, so none outlives its parent
+by more than the block it is at.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+
+from finetune import errors
+from finetune.chat.tokenizer import Tokenizer
+from finetune.errors import DataError, TrainingError, UserError
+from finetune.rows.encode import Encoder, Result, Settings, Task
+
+MAX_WORKERS = 16
+# Blocks sent out or done, but not yet handed on in order, for each worker: what a slow block may hold up.
+_AHEAD = 4
+_CODE = "import sys; sys.path[:] = {path!r}; from {module} import {name} as run; run({fd})"
+
+
+def worker_count() -> int:
+    """One for each core that this process may use, up to `MAX_WORKERS`."""
+    return min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+
+
+class Worker:
+    """A process that runs a function of (connection's file descriptor).
+
+    Args:
+        function: A function at the top level of a module; `connect` gives it its end of the pipe.
+    """
+
+    def __init__(self, function: Callable[[int], None]):
+        self.connection, theirs = Pipe()
+        code = _CODE.format(path=sys.path, module=function.__module__, name=function.__name__, fd=theirs.fileno())
+        # A core each: the threads of tokenizers and NumPy would only get into each other's way.
+        alone = {"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"}
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-c", code],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | alone,
+            )
+
+    def receive(self):
+        """What the process sends next.
+
+        Raises:
+            UserError: what the process raised.
+            TrainingError: it ended.
+        """
+        try:
+            kind, value = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._ended() from None
+        if kind == "error":
+            raise getattr(errors, value[0]).of(value[1])
+        if kind == "crash":
+            raise RuntimeError(f"in a process that tokenizes:\n{value}")
+        return value
+
+    def send(self, value) -> None:
+        """Send it something; it must be waiting for it, or both sides may wait for ever.
+
+        Raises:
+            TrainingError: it ended.
+        """
+        try:
+            self.connection.send(value)
+        except OSError:
+            raise self._ended() from None
+
+    def _ended(self) -> TrainingError:
+        return TrainingError(
+            f"a process that tokenizes ended with code {self.process.wait()}",
+            fix="Memory may have run out; then close other programs, or run on a machine with more.",
+        )
+
+    def close(self) -> None:
+        """End the process, whatever it is at."""
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def connect(fd: int) -> Connection:
+    """The worker's end of the pipe. Ctrl-C reaches all processes of a terminal; the parent decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return Connection(fd)
+
+
+def answer(connection: Connection, make: Callable[[], object]) -> bool:
+    """Send what `make` returns, or what it raises; False where the parent is gone or nothing can follow."""
+    try:
+        message, good = ("value", make()), True
+    except UserError as error:
+        message, good = ("error", (type(error).__name__, error.faults)), False
+    except Exception:  # a fault of the program: the parent shows it
+        message, good = ("crash", traceback.format_exc()), False
+    try:
+        connection.send(message)
+    except OSError:
+        return False
+    return good
+
+
+def serve(fd: int) -> None:
+    """Do tasks until the parent closes the pipe."""
+    connection = connect(fd)
+    try:
+        content, settings = connection.recv()
+        encoder = Encoder(Tokenizer.of_content(content), settings)
+        while True:
+            task = connection.recv()
+            if not answer(connection, lambda task=task: encoder.encode(task)):
+                return
+    except (EOFError, OSError):
+        return
+
+
+def encode_all(
+    tasks: Iterator[Task | DataError],
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    prepare: Callable[[Task], Task],
+    count: int,
+) -> Iterator[tuple[Task, Result] | DataError]:
+    """Do tasks in several processes and hand the results on in the order of the tasks.
+
+    Args:
+        tasks: What to do; errors among them are handed on in their place.
+        prepare: Called with each task when it is sent out.
+        count: Processes.
+    """
+    workers: list[Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(Worker(serve))
+        content = tokenizer.content()
+        for worker in workers:
+            worker.send((content, settings))
+        yield from _in_order(tasks, workers, prepare)
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+def _in_order(
+    tasks: Iterator[Task | DataError], workers: list[Worker], prepare: Callable[[Task], Task]
+) -> Iterator[tuple[Task, Result] | DataError]:
+    idle, busy = list(workers), {}
+    # Each entry is [task, result or None], or an error in its place.
+    order: deque[list | DataError] = deque()
+    upcoming = next(tasks, None)
+    while upcoming is not None or order:
+        while upcoming is not None and len(order) < _AHEAD * len(workers):
+            if isinstance(upcoming, DataError):
+                order.append(upcoming)
+            elif idle:
+                # One task at a time: a worker that sends a result reads nothing, and both sides would wait for ever.
+                worker, entry = idle.pop(), [prepare(upcoming), None]
+                worker.send(entry[0])
+                busy[worker.connection] = worker, entry
+                order.append(entry)
+            else:
+                break
+            upcoming = next(tasks, None)
+        while order and (isinstance(order[0], DataError) or order[0][1] is not None):
+            entry = order.popleft()
+            yield entry if isinstance(entry, DataError) else (entry[0], entry[1])
+        for connection in wait(list(busy)) if order else ():
+            worker, entry = busy.pop(connection)
+            entry[1] = worker.receive()
+            idle.append(worker)

@@ -1,0 +1,364 @@
+"""The reference of preference training: where its log-probabilities come from.
+
+| case | reference |
+| --- | --- |
+| LoRA, new adapter | the policy with its adapter switched off; no second copy of the weights |
+| LoRA, adapter trained further | the policy with the adapter as `model.path` holds it |
+| full fine-tuning | the policy before its first step; `model.path` loaded again if that has passed or if live |
+| `dpo.reference` | that model |
+| simpo, orpo, `reference_free` | none |
+
+With `precompute_ref_log_probs` they are computed once, in the micro-batches in which each pair is trained first, so
+that they equal the policy's to the last bit at step 1; then whatever was loaded for it is freed. They are kept in
+output_dir/reference/ (safetensors and JSON) under a key of model, data, template and precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from safetensors.numpy import load, save
+
+from finetune import console
+from finetune.errors import RecipeError
+from finetune.model import convert
+from finetune.model.load import load_model, set_parameter
+from finetune.model.lora import adapter_disabled, lora_layers, merge_lora
+from finetune.model.resolve import ModelSource, resolve_model
+from finetune.model.runtime import paddle as _bring_up
+from finetune.model.tensorfile import TensorFolder
+from finetune.train.losses import LOSSES
+from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
+
+_bring_up()
+import paddle  # noqa: E402
+
+if TYPE_CHECKING:
+    from finetune.train.processes.parallel import World
+    from finetune.train.session import Session
+
+_SAVE_SECONDS = 60.0
+_FORMAT = 1
+
+
+class Reference(Protocol):
+    """Anything that knows the reference's log-probabilities."""
+
+    def logps(self, batch: PairBatch) -> paddle.Tensor:
+        """float64 [2P] without gradient, chosen of pair p at 2p and rejected at 2p+1."""
+        ...
+
+
+class NoReference:
+    """Log-probabilities of 0: the policy is compared with nothing."""
+
+    def logps(self, batch: PairBatch) -> paddle.Tensor:
+        """Zeros, float64 [2P]."""
+        return paddle.zeros([2 * len(batch.pairs)], dtype="float64")
+
+
+class LiveReference:
+    """A forward pass each time.
+
+    Args:
+        model: The policy, or a model of its own.
+        switched: Turns the policy into the reference for a while.
+    """
+
+    def __init__(self, model, switched: Callable[[], AbstractContextManager] = nullcontext):
+        self._model, self._switched = model, switched
+
+    def logps(self, batch: PairBatch) -> paddle.Tensor:
+        """See `Reference`."""
+        with evaluating(self._model), self._switched():
+            return response_logps(self._model, batch.layout)
+
+
+class CachedReference:
+    """Log-probabilities computed before.
+
+    Args:
+        values: float64 [n, 2], chosen and rejected of every pair of the dataset; NaN where the run never asks.
+    """
+
+    def __init__(self, values: np.ndarray):
+        self._values = values
+
+    def logps(self, batch: PairBatch) -> paddle.Tensor:
+        """See `Reference`."""
+        return paddle.to_tensor(self._values[batch.pairs].reshape(-1))
+
+
+def make_references(session: Session, batchers: list[PairBatcher]) -> list[Reference]:
+    """One reference for each set of pairs: training, and evaluation if there is one.
+
+    Raises:
+        RecipeError: `dpo.reference` does not share the policy's vocabulary.
+        CheckpointError: it cannot be loaded.
+    """
+    section = session.prepared.recipe.dpo
+    if section.reference_free or not LOSSES[section.loss_type].has_reference:
+        return [NoReference() for _ in batchers]
+    if not section.precompute_ref_log_probs:
+        return [_open_live(session)] * len(batchers)
+    schedules = [_training_batches(session, batchers[0])]
+    if len(batchers) > 1:
+        schedules.append(_evaluation_batches(session, batchers[1]))
+    opener = _Once(partial(_open_live, session))
+    identity = _identity(session) if session.world.is_main else {}
+    titles = ("reference", "reference, evaluation")
+    return [
+        _precomputed(session, batcher, schedule, identity, opener, title)
+        for batcher, schedule, title in zip(batchers, schedules, titles)
+    ]
+
+
+class _Once:
+    """Opens the live reference when it is first needed, once."""
+
+    def __init__(self, build: Callable[[], LiveReference]):
+        self._build, self._made = build, None
+
+    def __call__(self) -> LiveReference:
+        if self._made is None:
+            self._made = self._build()
+        return self._made
+
+
+# -- live ------------------------------------------------------------------------------------------------------
+
+
+def _open_live(session: Session) -> LiveReference:
+    prepared = session.prepared
+    recipe, source, model = prepared.recipe, prepared.source, session.model
+    if recipe.dpo.reference is not None:
+        other = resolve_model(recipe.dpo.reference)
+        _check_vocabulary(prepared.tokenizer, other)
+        return LiveReference(_load(other, recipe.model.dtype))
+    if recipe.lora is not None and source.kind == "adapter":
+        return LiveReference(model, partial(_adapter_as, model, _initial_adapter(model, source)))
+    if recipe.lora is not None:
+        return LiveReference(model, partial(adapter_disabled, model))
+    if recipe.dpo.precompute_ref_log_probs and not session.resumed:
+        return LiveReference(model)
+    return LiveReference(_load(source, recipe.model.dtype))
+
+
+def _load(source: ModelSource, dtype: str):
+    loaded = load_model(source, dtype=dtype)
+    return merge_lora(loaded.model) if loaded.lora is not None else loaded.model
+
+
+def _check_vocabulary(tokenizer, other: ModelSource) -> None:
+    from finetune.chat.tokenizer import Tokenizer
+
+    theirs = Tokenizer.from_folder(other.tokenizer_folder)
+    if theirs.backend.get_vocab() != tokenizer.backend.get_vocab():
+        raise RecipeError(
+            f"{other.name} has another vocabulary than the model that is trained",
+            where="dpo.reference",
+            fix="The reference scores the same tokens, so it must be a model of the same family.",
+        )
+
+
+def _initial_adapter(model, source: ModelSource) -> dict[str, dict[str, paddle.Tensor]]:
+    """The adapter's tensors as its folder holds them, by module name: {"lora_A", "lora_B"}."""
+    layers, tensors = lora_layers(model), TensorFolder(source.folder, source.stem)
+    found: dict[str, dict[str, paddle.Tensor]] = {name: {} for name in layers}
+    for name in tensors.entries:
+        module, part = convert.parse_adapter_name(name, source.layout)
+        array = tensors.read(name)
+        found[module][part] = getattr(layers[module], part).detach().clone()
+        set_parameter(found[module][part], array.T if source.layout == "peft" else array)
+    return found
+
+
+@contextmanager
+def _adapter_as(model, tensors: dict[str, dict[str, paddle.Tensor]]) -> Iterator[None]:
+    """Other adapter tensors for a while. Exchanged, not written, so that an earlier forward pass keeps its gradient."""
+    layers = lora_layers(model)
+    current = {name: {part: getattr(layer, part) for part in tensors[name]} for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer._parameters.update(tensors[name])
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer._parameters.update(current[name])
+
+
+# -- precomputed -----------------------------------------------------------------------------------------------
+
+
+def _training_batches(session: Session, batcher: PairBatcher) -> list[tuple[int, list[int]]]:
+    """(rank, units) of each micro-batch that trains some pack for the first time, over all ranks."""
+    plan, seen, batches = session.prepared.plan, set(), []
+    ranks = [replace(plan, rank=rank).steps() for rank in range(plan.world_size)]
+    for steps in zip(*ranks):
+        for rank, step in enumerate(steps):
+            for units in step.batches:
+                if not seen.issuperset(units.tolist()):
+                    seen.update(units.tolist())
+                    batches.append((rank, units.tolist()))
+        if len(seen) == len(batcher.packs):
+            break
+    return batches
+
+
+def _evaluation_batches(session: Session, batcher: PairBatcher) -> list[tuple[int, list[int]]]:
+    """(rank, units) as the evaluation takes them."""
+    world, training = session.world, session.prepared.recipe.training
+    size = training.per_device_eval_batch_size or training.per_device_train_batch_size
+    batches = []
+    for rank in range(world.size):
+        units = list(range(rank, len(batcher.packs), world.size))
+        batches += [(rank, units[i : i + size]) for i in range(0, len(units), size)]
+    return batches
+
+
+def _precomputed(
+    session: Session,
+    batcher: PairBatcher,
+    schedule: list[tuple[int, list[int]]],
+    identity: dict,
+    live: Callable[[], LiveReference],
+    title: str,
+) -> CachedReference:
+    """Read the cache; compute what it lacks; write it."""
+    world = session.world
+    cache = _Cache(session, batcher, identity) if world.is_main else None
+    values = cache.read() if cache else np.full((len(batcher.dataset), 2), np.nan)
+    values = _joined(values, world)
+    missing = []
+    for rank, units in schedule:
+        pairs = [i for unit in units for i in batcher.packs[unit]]
+        if np.isnan(values[pairs]).any():
+            missing.append((rank, units, pairs))
+    if not missing:
+        return CachedReference(values)
+    done = values.copy()
+    own = [(units, pairs) for rank, units, pairs in missing if rank == world.rank]
+    saved = time.monotonic()
+    with console.progress(sum(len(pairs) for _, pairs in own), title, unit="pair") as bar:
+        for units, pairs in own:
+            fresh = live().logps(batcher.batch(units)).numpy().reshape(-1, 2)
+            # A pair that an earlier micro-batch has had keeps its value
+            first = np.isnan(done[pairs]).any(axis=1)
+            done[np.array(pairs)[first]] = fresh[first]
+            bar.advance(len(pairs))
+            if world.size == 1 and time.monotonic() - saved > _SAVE_SECONDS:
+                cache.write(done)
+                saved = time.monotonic()
+    if world.size > 1:
+        fresh = np.where(np.isnan(values), done, np.nan)
+        values = np.where(np.isnan(values), _joined(fresh, world), values)
+    else:
+        values = done
+    if cache:
+        cache.write(values)
+    world.barrier()
+    return CachedReference(values)
+
+
+def _joined(values: np.ndarray, world: World) -> np.ndarray:
+    """Values of all ranks in one array: the mean of those that are numbers."""
+    if world.size == 1:
+        return values
+    known = ~np.isnan(values)
+    flat = world.all_sum(np.where(known, values, 0.0).ravel().tolist() + known.astype(float).ravel().tolist())
+    total, count = np.array(flat).reshape(2, *values.shape)
+    return np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
+
+
+class _Cache:
+    """output_dir/reference/<key>.safetensors and .json."""
+
+    def __init__(self, session: Session, batcher: PairBatcher, identity: dict):
+        self.record = identity | {"data": _data_digest(batcher.dataset), "pairs": len(batcher.dataset)}
+        key = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:20]
+        folder = Path(session.prepared.recipe.training.output_dir) / "reference"
+        self.tensors, self.json = folder / f"{key}.safetensors", folder / f"{key}.json"
+        self.shape = (len(batcher.dataset), 2)
+
+    def read(self) -> np.ndarray:
+        """float64 [n, 2], NaN where nothing is known; a cache that is damaged or of something else counts as none."""
+        empty = np.full(self.shape, np.nan)
+        if not self.tensors.exists() or not self.json.exists():
+            return empty
+        try:
+            content = self.tensors.read_bytes()
+            good = json.loads(self.json.read_text(encoding="utf-8")) == self._record(content)
+            found = load(content) if good else {}
+            values = np.stack([found["chosen"], found["rejected"]], axis=1) if good else empty
+        except (OSError, ValueError):
+            good = False
+        if not good or values.shape != self.shape or values.dtype != np.float64:
+            console.warn(f"{self.tensors} is damaged; the reference log-probabilities are computed again")
+            return empty
+        return values
+
+    def write(self, values: np.ndarray) -> None:
+        """Replace the cache, atomically."""
+        self.tensors.parent.mkdir(parents=True, exist_ok=True)
+        partial_tensors, partial_json = (p.with_name(f".{p.name}.partial") for p in (self.tensors, self.json))
+        content = save({"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()})
+        partial_tensors.write_bytes(content)
+        partial_json.write_text(json.dumps(self._record(content), indent=2), encoding="utf-8")
+        os.replace(partial_tensors, self.tensors)
+        os.replace(partial_json, self.json)
+
+    def _record(self, content: bytes) -> dict:
+        return self.record | {"sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _identity(session: Session) -> dict:
+    """Everything but the pairs that the log-probabilities depend on."""
+    prepared = session.prepared
+    recipe = prepared.recipe
+    source = resolve_model(recipe.dpo.reference) if recipe.dpo.reference is not None else prepared.source
+    template = prepared.tokenizer.chat_template or ""
+    identity = {
+        "format": _FORMAT,
+        "model": _model_digest(source),
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "dtype": session.dtype,
+    }
+    if recipe.lora is not None and recipe.lora.variant == "pissa" and recipe.dpo.reference is None:
+        # The base is then residual + starting factors, which is the same weight only up to rounding
+        identity["pissa_rank"] = recipe.lora.rank
+    return identity
+
+
+def _model_digest(source: ModelSource) -> str:
+    """SHA-256 over config and weights of a model, and of its base."""
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "config.json", "adapter_config.json", "lora_config.json")
+    for path in sorted(p for pattern in patterns for p in source.folder.glob(pattern)):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    if source.base is not None:
+        digest.update(_model_digest(source.base).encode())
+    return digest.hexdigest()
+
+
+def _data_digest(dataset) -> str:
+    """SHA-256 over the tokens of all pairs and which of them are scored."""
+    digest = hashlib.sha256()
+    for pair in dataset:
+        for side in (pair.chosen, pair.rejected):
+            digest.update(len(side.input_ids).to_bytes(8, "little"))
+            digest.update(side.input_ids.tobytes())
+            digest.update(side.labels.tobytes())
+    return digest.hexdigest()

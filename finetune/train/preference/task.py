@@ -1,0 +1,131 @@
+"""Preference training: the loss of one micro-batch of pairs, whatever the loss and the reference are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from finetune.compute.forward import owner_counts
+from finetune.compute.layout import Layout
+from finetune.model.runtime import paddle as _bring_up
+from finetune.train.losses import LOSSES, PairLogps, chosen_nll
+from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
+from finetune.train.preference.reference import make_references
+
+_bring_up()
+import paddle  # noqa: E402
+
+if TYPE_CHECKING:
+    from finetune.recipe.schema import DpoSection
+    from finetune.train.preference.reference import Reference
+    from finetune.train.processes.parallel import World
+    from finetune.train.session import Session
+
+
+class DpoTask:
+    """A preference loss over pairs.
+
+    The unit of the data order is a pack: the pairs of one row. Without packing every pack holds one pair.
+
+    Args:
+        model: The policy.
+        batcher: Makes its micro-batches.
+        section: The recipe's `dpo` section.
+        reference: Gives the reference's log-probabilities.
+    """
+
+    metric_names = (
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    )
+
+    def __init__(self, model, batcher: PairBatcher, section: DpoSection, reference: Reference):
+        self.model, self.batcher, self.reference = model, batcher, reference
+        self.packs = batcher.packs
+        self.kind = LOSSES[section.loss_type]
+        self.options = {name: getattr(section, name) for name in self.kind.options}
+        self.sft_loss_ratio = section.sft_loss_ratio
+        self._baseline: tuple[float, float] | None = None
+
+    def layout(self, units: list[int]) -> PairBatch:
+        """The micro-batch of the given packs."""
+        return self.batcher.batch(units)
+
+    def sources(self, units: list[int]) -> list[str]:
+        """Where the pairs of the given packs come from, `file:row`."""
+        return [self.batcher.dataset[i].source for unit in units for i in self.packs[unit]]
+
+    def weight(self, batch: PairBatch) -> int:
+        """What the loss is a mean over: pairs."""
+        return len(batch.pairs)
+
+    def begin_step(self, batches: list[PairBatch], world: World) -> None:
+        """Learn what the loss needs of all pairs of the step before any gradient: kto_pair's baseline.
+
+        Costs a forward pass, and only where one micro-batch is not the whole step.
+        """
+        self._baseline = None
+        if not self.kind.step_baseline or (len(batches) == 1 and world.size == 1):
+            return
+        sums = [0.0, 0.0, 0.0]
+        with evaluating(self.model):
+            for batch in batches:
+                ratios = response_logps(self.model, batch.layout) - self.reference.logps(batch)
+                pairs = [float(ratios[0::2].sum()), float(ratios[1::2].sum()), float(len(batch.pairs))]
+                sums = [a + b for a, b in zip(sums, pairs)]
+        chosen, rejected, count = world.all_sum(sums)
+        self._baseline = (chosen / count, rejected / count)
+
+    def loss(self, batch: PairBatch, denominator: float):
+        """The preference loss, and with `sft_loss_ratio` the supervised one.
+
+        Args:
+            batch: One micro-batch.
+            denominator: Pairs of the whole optimizer step, all micro-batches and ranks together.
+
+        Returns:
+            (float64 scalar to call backward on, sums over this micro-batch's pairs by metric name). Log-probabilities
+            are means per token for losses that work on those, as TRL logs them.
+        """
+        inputs = []
+        if self.kind.has_reference:
+            inputs.append(_pair_logps(self.reference.logps(batch), batch.layout))
+        policy = _pair_logps(response_logps(self.model, batch.layout), batch.layout)
+        extra = {"baseline": self._baseline} if self.kind.step_baseline else {}
+        result = self.kind.function(policy, *inputs, **self.options, **extra)
+        losses = result.loss
+        if self.sft_loss_ratio:
+            losses = losses + self.sft_loss_ratio * chosen_nll(policy)
+        total = losses.sum()
+        shown = policy.averaged() if self.kind.per_token else policy
+        values = (
+            total,
+            result.chosen_reward.sum(),
+            result.rejected_reward.sum(),
+            (result.chosen_reward - result.rejected_reward).sum(),
+            (result.chosen_reward > result.rejected_reward).astype("float64").sum(),
+            shown.chosen.sum(),
+            shown.rejected.sum(),
+        )
+        return total / denominator, {name: float(value) for name, value in zip(self.metric_names, values)}
+
+
+def _pair_logps(sums: paddle.Tensor, layout: Layout) -> PairLogps:
+    counts = paddle.to_tensor(owner_counts(layout)).astype(sums.dtype)
+    return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2])
+
+
+def make_tasks(session: Session) -> tuple[DpoTask, DpoTask | None]:
+    """The training task and, with evaluation data, its counterpart; reference log-probabilities are made here."""
+    prepared = session.prepared
+    section = prepared.recipe.dpo
+    batchers = [PairBatcher(prepared.train, prepared.packs)]
+    if prepared.eval is not None:
+        batchers.append(PairBatcher(prepared.eval, prepared.eval_packs))
+    references = make_references(session, batchers)
+    tasks = [DpoTask(session.model, b, section, r) for b, r in zip(batchers, references)]
+    return tasks[0], tasks[1] if len(tasks) > 1 else None

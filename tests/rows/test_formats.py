@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from finetune.chat.messages import Conversation, Preference
+from finetune.errors import DataError
+from finetune.rows.formats import detect_format, parse_row
+from tests.chat.cases import WEATHER, said
+
+SAID = said("q", "a")
+
+
+def messages(row: dict, format: str = "auto") -> list[dict]:
+    return parse_row(row, format, "f:1").messages
+
+
+def turns(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"from": who, "value": value} for who, value in pairs]
+
+
+QA = turns(("human", "q"), ("gpt", "a"))
+
+
+# -- every form --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"messages": SAID}, SAID),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, SAID[1]]}, SAID),
+        ({"messages": [SAID[0], {**SAID[1], "tool_calls": None, "refusal": None}]}, SAID),
+        ({"messages": [SAID[0], {**SAID[1], "tool_calls": []}]}, SAID),
+        ({"messages": [SAID[0], {**SAID[1], "train": False}]}, [SAID[0], {**SAID[1], "train": False}]),
+        ({"messages": [SAID[0], {**SAID[1], "weight": 0}]}, [SAID[0], {**SAID[1], "train": False}]),
+        ({"messages": [SAID[0], {**SAID[1], "weight": 1}]}, SAID),
+        ({"instruction": "q", "output": "a"}, SAID),
+        ({"instruction": "q", "input": "", "output": "a", "system": "", "history": []}, SAID),
+        ({"instruction": "q", "input": None, "output": "a", "system": None, "history": None, "id": 7}, SAID),
+        ({"instruction": "q", "input": "i", "output": "a", "system": "S"}, said("q\ni", "a", system="S")),
+        ({"instruction": "", "input": "i", "output": ""}, said("i", "")),
+        ({"instruction": "q2", "output": "a2", "history": [["q", "a"]]}, said("q", "a", "q2", "a2")),
+        ({"conversations": QA}, SAID),
+        ({"conversations": QA, "system": "S", "tools": ""}, said("q", "a", system="S")),
+        ({"conversations": turns(("system", "S"), ("user", "q"), ("assistant", "a"))}, said("q", "a", system="S")),
+    ],
+)
+def test_conversations(row, expected):
+    assert messages(row) == expected
+
+
+def test_sharegpt_tools():
+    call = '{"name": "f", "arguments": {"x": 1}}'
+    row = {
+        "conversations": turns(("human", "q"), ("function_call", call), ("observation", "r"), ("gpt", "a")),
+        "tools": json.dumps([{"name": "f", "parameters": {}}]),
+    }
+    parsed = parse_row(row, "auto", "f:1")
+    assert parsed.tools == [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert parsed.messages[1:3] == [
+        {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+            "raw": call,
+        },
+        {"role": "tool", "content": "r"},
+    ]
+
+
+def test_several_sharegpt_calls_and_arguments_as_text():
+    value = '[{"name": "f", "arguments": "{\\"x\\": 1}"}, {"name": "g", "arguments": {}}]'
+    calls = messages({"conversations": turns(("human", "q"), ("function_call", value))})[1]["tool_calls"]
+    assert [call["function"]["arguments"] for call in calls] == [{"x": 1}, {}]
+
+
+def test_openai_tool_calls():
+    calls = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": null}'}}]
+    row = {"messages": [SAID[0], {"role": "assistant", "content": None, "tool_calls": calls}], "tools": [WEATHER]}
+    parsed = parse_row(row, "messages", "f:1")
+    assert parsed.tools == [WEATHER]
+    assert parsed.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": None}
+    assert "content" not in parsed.messages[1]
+    assert calls[0]["function"]["arguments"] == '{"x": null}'  # the row itself is not touched
+
+
+USER, GOOD, BAD = SAID[0], {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
+        {"prompt": [USER], "chosen": GOOD, "rejected": BAD},
+        {"prompt": [USER], "chosen": "a", "rejected": "b"},
+        {"prompt": "q", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
+        {"conversations": QA[:1], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_preferences(row):
+    assert detect_format(row) == "preference"
+    pair = parse_row(row, "auto", "f:1")
+    assert pair == Preference(Conversation([USER], None, "f:1"), [GOOD], [BAD], "f:1")
+
+
+def test_preference_prompts_of_many_turns():
+    prompt = said("q1", "a1", "q2", system="S")
+    pair = parse_row({"chosen": [*prompt, GOOD], "rejected": [*prompt, BAD]}, "preference", "f:1")
+    assert (pair.prompt.messages, pair.chosen, pair.rejected) == (prompt, [GOOD], [BAD])
+    pair = parse_row({"prompt": "q", "system": "S", "chosen": "a", "rejected": "b"}, "preference", "f:1")
+    assert pair.prompt.messages == said("q", system="S")
+
+
+def test_equal_answers_still_have_a_prompt():
+    pair = parse_row({"chosen": SAID, "rejected": SAID}, "preference", "f:1")
+    assert (pair.prompt.messages, pair.chosen, pair.rejected) == (SAID[:1], SAID[1:], SAID[1:])
+
+
+# -- every wrong row ---------------------------------------------------------------------------------------------
+
+
+def wrong(index: int, **changes) -> dict:
+    """`messages` with one message changed; ... takes a key out."""
+    changed = [dict(message) for message in SAID]
+    changed[index] = {k: v for k, v in {**changed[index], **changes}.items() if v is not ...}
+    return {"messages": changed}
+
+
+@pytest.mark.parametrize(
+    "row, place, message",
+    [
+        ({"text": "x"}, "f:1", "the row has no known form; its keys are: text"),
+        ({}, "f:1", "its keys are: none"),
+        ({"messages": []}, "key messages", "the list is empty"),
+        ({"messages": "hi"}, "key messages", 'found a text ("hi")'),
+        ({"messages": None}, "key messages", "found null"),
+        ({"messages": ["hi"]}, "key messages[0]", 'found a text ("hi")'),
+        (wrong(1, role="asistant"), "key messages[1].role", "unknown role 'asistant'. Did you mean 'assistant'?"),
+        (wrong(1, role=["user"]), "key messages[1].role", "unknown role ['user']"),
+        (wrong(1, role=...), "key messages[1].role", "the key is missing; the message has content"),
+        (wrong(1, content=...), "key messages[1].content", "the key is missing; the message has role"),
+        (wrong(1, content=None), "key messages[1].content", "the key is missing"),
+        (wrong(1, content=5), "key messages[1].content", "found a number (5)"),
+        (wrong(0, content=[{"type": "image_url"}]), "key messages[0].content[0]", "a part of type 'image_url'"),
+        (wrong(1, train="yes"), "key messages[1].train", 'found a text ("yes")'),
+        (wrong(1, train=1), "key messages[1].train", "found a number (1)"),
+        (wrong(0, train=True), "key messages[0].train", "true on a message of role user"),
+        (wrong(1, weight=0.5), "key messages[1].weight", "found 0.5"),
+        (wrong(0, tool_calls=[{}]), "key messages[0].tool_calls", "found on a message of role user"),
+        (wrong(1, tool_calls={}), "key messages[1].tool_calls", "found an object ({})"),
+        (wrong(1, tool_calls=[{}]), "key messages[1].tool_calls[0]", "A call is"),
+        (wrong(1, tool_calls=[{"name": "f", "arguments": "{"}]), "tool_calls[0].arguments", "is not JSON"),
+        (wrong(1, tool_calls=[{"name": "f", "arguments": "[]"}]), "tool_calls[0].arguments", "found a list ([])"),
+        (wrong(1, tool_calls=[{"name": "f"}]), "tool_calls[0].arguments", "found null"),
+        (wrong(1, function_call={"name": "f"}), "key messages[1].function_call", "Use tool_calls"),
+        ({"messages": QA}, "key messages[0].role", 'Rows with "from" and "value" are sharegpt'),
+        ({**wrong(1), "tools": "{"}, "key tools", "is not JSON"),
+        ({**wrong(1), "tools": {"a": 1}}, "key tools", "found an object"),
+        ({**wrong(1), "tools": ["f"]}, "key tools", "found a list"),
+        ({"instruction": "q"}, "key output", "the key is missing; the row has instruction"),
+        ({"instruction": None, "output": "a"}, "key instruction", "found null"),
+        ({"instruction": "q", "output": ["a"]}, "key output", "found a list"),
+        ({"instruction": "q", "input": 3, "output": "a"}, "key input", "found a number (3)"),
+        ({"instruction": "q", "output": "a", "history": [["q"]]}, "key history[0]", "a pair of texts"),
+        ({"instruction": "q", "output": "a", "history": "q"}, "key history", "a list of [prompt, response] pairs"),
+        ({"conversations": [{"from": "human"}]}, "key conversations[0].value", "the key is missing; the turn has from"),
+        ({"conversations": [{"value": "q"}]}, "key conversations[0].from", "the key is missing"),
+        ({"conversations": SAID}, "key conversations[0].from", 'go under "messages"'),
+        ({"conversations": turns(("gtp", "a"))}, "key conversations[0].from", "Did you mean 'gpt'?"),
+        ({"conversations": turns(("human", None))}, "key conversations[0].value", "found null"),
+        (
+            {"conversations": turns(("function_call", "f()"))},
+            "key conversations[0].value",
+            "found 'f()', which is not JSON",
+        ),
+        ({"conversations": turns(("function_call", "3"))}, "key conversations[0].value", "found a number (3)"),
+        ({"conversations": turns(("system", "S")), "system": "S"}, "key system", "Keep one of the two"),
+        ({"conversations": [{**QA[0], "train": True}]}, "conversations[0].train", "role user"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "key rejected", "the key is missing"),
+        ({"prompt": 1, "chosen": "a", "rejected": "b"}, "key prompt", "found a number (1)"),
+        ({"prompt": "q", "chosen": 1, "rejected": "b"}, "key chosen", "found a number (1)"),
+        ({"prompt": SAID, "chosen": "a", "rejected": "b"}, "key prompt", "ends with a message of role assistant"),
+        ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "key chosen", "behind the prompt stands user"),
+        ({"chosen": "a", "rejected": "b"}, "key chosen", "there is no prompt"),
+        ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "other"}, BAD]}, "key chosen", "there is no prompt"),
+    ],
+)
+def test_wrong_rows_name_row_key_and_fix(row, place, message):
+    with pytest.raises(DataError) as caught:
+        parse_row(row, "auto", "f:1")
+    fault = caught.value.faults[0]
+    assert fault.where.startswith("f:1") and place in fault.where
+    assert message in str(fault)
+    assert fault.fix
+
+
+@pytest.mark.parametrize(
+    "format, key", [("messages", "messages"), ("alpaca", "instruction"), ("sharegpt", "conversations")]
+)
+def test_named_format_wants_its_keys(format, key):
+    with pytest.raises(DataError, match=f"key {key}: the key is missing; the row has text"):
+        parse_row({"text": "x"}, format, "f:1")

@@ -14,8 +14,8 @@ import numpy as np
 
 from finetune.compute import cpu, gpu
 from finetune.compute.layout import Layout, Span, visible_until
+from finetune.compute.limits import KEPT_ATTENTION_BYTES
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train.estimate import KEPT_ATTENTION_BYTES
 
 _bring_up()
 import paddle

@@ -12,8 +12,8 @@ from finetune.compute import cpu
 from finetune.compute.attention import context_of
 from finetune.compute.layers import prepare_layers
 from finetune.compute.layout import Layout
+from finetune.compute.limits import CHUNK_ELEMENTS
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train.estimate import CHUNK_ELEMENTS
 
 _bring_up()
 import paddle  # noqa: E402

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from finetune.compute.limits import CHUNK_ELEMENTS, KEPT_ATTENTION_BYTES
+
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-# Of one layer, kept for the backward pass; larger ones are computed again.
-KEPT_ATTENTION_BYTES = 32 * 2**20
-# Logits alive at once, in elements: 256 rows of Qwen2's vocabulary, 156 MB in float32.
-CHUNK_ELEMENTS = 256 * 151_936
 
 
 @dataclass(frozen=True)

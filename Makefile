@@ -4,6 +4,8 @@ VENV := .venv
 REFERENCE := .venv-reference
 READY := $(VENV)/.ready
 REFERENCE_READY := $(REFERENCE)/.ready
+DOCS := .venv-docs
+DOCS_READY := $(DOCS)/.ready
 
 # Another one: make demo PYTHON=/path/to/python3.12
 PYTHON ?=
@@ -12,7 +14,7 @@ IS_USABLE = import ensurepip, sys, venv; sys.exit(not (3, $(1)) <= sys.version_i
 PIP := -m pip install --disable-pip-version-check --no-input --use-pep517
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak parity bench clean
+.PHONY: help install demo test soak parity bench docs clean
 
 # A venv is ready when its mark, written last, names the place where it stands: an interrupted installation has none, a
 # moved or broken one another place. What is not ready is made anew.
@@ -24,6 +26,9 @@ endif
 ifneq ($(call ready,$(REFERENCE)),yes)
 $(shell rm -f $(REFERENCE_READY))
 endif
+ifneq ($(call ready,$(DOCS)),yes)
+$(shell rm -f $(DOCS_READY))
+endif
 
 help:
 	@echo 'make demo      the main job on this CPU: base model, SFT, DPO, generate, export; numbers before and after'
@@ -32,6 +37,7 @@ help:
 	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
 	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
 	@echo 'make bench     speed and memory beside TRL on this machine; hours. BENCH="sft_lora --rounds 1" for less'
+	@echo 'make docs      the pages of docs/ as a site, in site/index.html'
 	@echo 'make clean     remove the environments and what was built; outputs/ stays'
 
 install: $(READY)
@@ -51,8 +57,12 @@ parity: $(READY) $(REFERENCE_READY)
 bench: $(READY) $(REFERENCE_READY)
 	@$(VENV)/bin/python -m benchmarks $(BENCH)
 
+docs: $(DOCS_READY)
+	@NO_MKDOCS_2_WARNING=true $(DOCS)/bin/python -m mkdocs build --quiet --strict --clean
+	@echo 'Wrote site/index.html'
+
 clean:
-	rm -rf $(VENV) $(REFERENCE) build dist *.egg-info .hypothesis
+	rm -rf $(VENV) $(REFERENCE) $(DOCS) site build dist *.egg-info .hypothesis
 	find finetune tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # $(1) folder, $(2) what pip installs, $(3) least Python, 3.x. pip's output goes to a file, shown if it fails.
@@ -83,5 +93,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(REFERENCE_READY): tests/parity/requirements.txt
 	$(call environment,$(REFERENCE),-r tests/parity/requirements.txt,11)
+
+$(DOCS_READY): docs/requirements.txt
+	$(call environment,$(DOCS),-r docs/requirements.txt,10)
 
 comma := ,

@@ -2,6 +2,9 @@
 
 Key names follow transformers, TRL and PEFT, then PaddleNLP. Rules that look at several keys at once are in `rules.py`.
 A default that depends on another key is filled in here, so that a `Recipe` never has a value left to guess.
+
+The "Attributes" of a section say what each of its keys means; docs/reference.py makes the reference of all keys from
+them, and a key without one fails there.
 """
 
 from __future__ import annotations
@@ -37,8 +40,8 @@ class ModelSection(Section):
     """The base model.
 
     Attributes:
-        path: Hub id, Hugging Face or PaddleNLP folder, adapter folder, checkpoint or run folder.
-        dtype: `auto` is bfloat16 on GPU and float32 on CPU.
+        path: Hub id, Hugging Face or PaddleNLP folder, adapter folder, checkpoint, or a run's folder.
+        dtype: `auto` is bfloat16 on a GPU and float32 on CPU, where the other two do not work and are refused.
     """
 
     path: Text
@@ -49,8 +52,14 @@ class LoraSection(Section):
     """LoRA. The section's absence means full fine-tuning.
 
     Attributes:
-        loraplus_lr_ratio: Learning rate of B over that of A; `variant: lora_plus` only, there 16 when not given
-            (Hayou et al. 2024, arXiv:2402.12354).
+        rank: Inner dimension of the adapter.
+        alpha: The update is scaled by alpha / rank (`rslora`: alpha / sqrt(rank)).
+        dropout: On the adapter's input, in training. 0 for `pissa`.
+        target_modules: Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
+        variant: `lora_plus` trains B with a higher rate than A; `pissa` starts from the principal components of the
+            weights.
+        loraplus_lr_ratio: Rate of B over rate of A, for `lora_plus` only (Hayou et al. 2024, arXiv:2402.12354); there
+            16 when not given.
     """
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
@@ -72,10 +81,12 @@ class Source(Section):
     """Where rows come from.
 
     Attributes:
-        path: File, folder, glob or hub id.
-        format: The rows' form; `auto` looks at the keys of each row.
-        split: Split of a hub dataset or a saved one, or what files of a folder are named after.
-        samples: Take this many rows, the first ones; None takes all.
+        path: File (json, jsonl, csv, parquet, arrow), folder, glob, or hub id. Relative to the current folder, else to
+            the recipe's.
+        format: The rows' form; `auto` goes by the keys of the first row, and a row of another form is then an
+            error.
+        split: Of a hub dataset, or of a folder, by the names of its files. A file has no splits.
+        samples: Take only the first so many rows: how sources are mixed in proportion.
     """
 
     path: Text
@@ -88,7 +99,15 @@ class DataSection(Section):
     """What is trained and evaluated on, and how rows become tokens.
 
     Attributes:
-        streaming: Tokenize training rows while the model trains, not before.
+        train: What is trained on; a single path or source will do.
+        eval: What is evaluated on, every `training.eval_steps`.
+        eval_fraction: Instead of `eval`: set this share of the training rows aside, the same rows for the same seed.
+        max_length: Tokens of a row. At most what the model knows.
+        overlong: What happens to longer rows; how many were cut or left out is counted and said.
+        train_on: The tokens that are trained on. A response is its content and its `<|im_end|>`.
+        packing: Put several rows into one sequence of `max_length`, without any of them seeing another.
+        streaming: Tokenize training rows while the model trains, so that it starts at once. Needs
+            `training.max_steps`.
     """
 
     train: Annotated[list[Source], Field(min_length=1, max_length=10_000)]
@@ -102,15 +121,38 @@ class DataSection(Section):
 
 
 class TrainingSection(Section):
-    """Names of transformers' and PaddleNLP's TrainingArguments.
+    """How. Names of transformers' and PaddleNLP's TrainingArguments.
 
     Attributes:
-        max_steps: Optimizer steps; excludes num_train_epochs. With neither, 3 epochs, as transformers does.
-        per_device_eval_batch_size: As per_device_train_batch_size when not given.
-        eval_steps: Evaluate every so many optimizer steps; as save_steps when evaluation data is given and this is not.
-        early_stopping_patience: Stop after this many evaluations in a row without a lower eval_loss.
-        min_lr_ratio: Lowest learning rate as a share of learning_rate; `cosine_with_min_lr` only.
-        save_total_limit: Checkpoints kept; None keeps all.
+        output_dir: The run's folder. When not given, `outputs/` and the recipe's file name.
+        max_steps: Optimizer steps.
+        num_train_epochs: Instead of `max_steps`: passes over the rows, rounded up to a whole step. With neither, 3, as
+            in transformers.
+        per_device_train_batch_size: Rows (with packing: sequences) of a micro-batch.
+        per_device_eval_batch_size: The same for evaluation; when not given, as for training.
+        gradient_accumulation_steps: Micro-batches of an optimizer step.
+        learning_rate: The highest rate.
+        lr_scheduler_type: As in transformers.
+        min_lr_ratio: Lowest rate over highest; `cosine_with_min_lr` needs it, no other takes it.
+        warmup_steps: Steps of linear warm-up, the first of them at rate 0.
+        warmup_ratio: Instead of `warmup_steps`: share of all steps, rounded up.
+        weight_decay: AdamW's; not on biases and norm weights.
+        adam_beta1: AdamW's.
+        adam_beta2: AdamW's.
+        adam_epsilon: AdamW's.
+        max_grad_norm: Clip the gradient of a step to this norm; 0 does not clip.
+        seed: Of the adapter, the order of rows, dropout and `eval_fraction`.
+        logging_steps: A row of metrics.jsonl every so many steps: means over them, but `grad_norm` and `learning_rate`
+            are the last step's.
+        save_steps: A checkpoint every so many steps, and at the end.
+        save_total_limit: Checkpoints kept; `null` keeps all.
+        eval_steps: Evaluate every so many steps, and at the end; when not given, as `save_steps`.
+        load_best_model_at_end: final/ is the checkpoint of the lowest eval_loss instead of the last step.
+        early_stopping_patience: Stop after so many evaluations in a row without a lower eval_loss.
+        shuffle: A new order each epoch; `false` is the order of the files.
+        recompute: Compute activations a second time instead of keeping them: less memory, more time.
+        resume_from_checkpoint: `auto`: go on from the newest good checkpoint in `output_dir`, if any. `never`: start
+            over. Or a checkpoint folder. The written recipe.yaml always has `auto`.
     """
 
     output_dir: Text = "outputs/run"
@@ -156,16 +198,20 @@ class TrainingSection(Section):
 
 
 class DpoSection(Section):
-    """Names of TRL's and PaddleNLP's DPOConfig; `method: dpo` only.
+    """For `method: dpo` only. Names of TRL's and PaddleNLP's DPOConfig.
 
     Attributes:
-        precompute_ref_log_probs: Reference log-probabilities once before training. False when there is no reference,
-            and for rows that are streamed.
-        sft_loss_ratio: Weight of an added SFT loss on the chosen response.
-        simpo_gamma: Target reward margin of SimPO, there 0.5 when not given, as TRL's CPOConfig.
-        dpop_lambda: Weight of DPO-Positive's penalty, there 50 when not given (Pal et al. 2024, arXiv:2402.13228).
-        reference: Another model as the reference; None is the model before training.
-        reference_free: Take the reference log-probabilities as 0. Always true for simpo and orpo.
+        beta: Strength of the pull to the reference (in `simpo` the scale, in `orpo` the weight of the odds term).
+        loss_type: How a pair is scored; the page on preference training has a table of the losses.
+        label_smoothing: Chance that a pair is labelled the wrong way round; `sigmoid` only.
+        precompute_ref_log_probs: Compute the reference's log-probabilities once, before training; `false` when not
+            given and there is no reference, or `data.streaming`.
+        sft_loss_ratio: Weight of an added supervised loss on the chosen response.
+        simpo_gamma: Target margin, `simpo` only; there 0.5 when not given, as in TRL's CPOConfig.
+        dpop_lambda: Weight of the penalty, `dpop` only (Pal et al. 2024, arXiv:2402.13228); there 50 when not given.
+        reference: Another model as the reference. When not given, the model before training.
+        reference_free: Take the reference's log-probabilities as 0: `sigmoid`, `hinge`, `ipo`; always so for `simpo`
+            and `orpo`.
     """
 
     beta: Annotated[float, Field(gt=0, le=1000)] = 0.1
@@ -197,11 +243,14 @@ class DpoSection(Section):
 
 
 class DistributedSection(Section):
-    """How a run is spread over processes, on Paddle Fleet.
+    """How a run is spread over processes.
 
     Attributes:
-        sharding_parallel_degree: Processes that share one sharded copy; -1 is all data-parallel processes, and what
-            `sharding` without a degree means.
+        tensor_parallel_degree: Processes that share each layer.
+        pipeline_parallel_degree: Processes that share the stack of layers.
+        sharding: What of the optimizer, gradients and weights is split over processes.
+        sharding_parallel_degree: Processes that share one sharded copy; -1 is all, and what `sharding` without a degree
+            means.
     """
 
     tensor_parallel_degree: Annotated[int, Field(ge=1, le=1024, json_schema_extra=unit("processes"))] = 1
@@ -220,7 +269,17 @@ class DistributedSection(Section):
 
 
 class Recipe(Section):
-    """One run, all of it. `lora` None is full fine-tuning; `dpo` is None unless method is dpo."""
+    """One run, all of it.
+
+    Attributes:
+        method: Supervised fine-tuning on conversations, or preference optimization on pairs.
+        model: What is trained.
+        lora: Train an adapter. Without the section all weights are trained.
+        data: What it is trained on.
+        training: How.
+        dpo: For `method: dpo` only.
+        distributed: How a run is spread over processes.
+    """
 
     method: Literal["sft", "dpo"]
     model: ModelSection

@@ -1,0 +1,3 @@
+"""Data files to packed examples: sources, forms of rows, encoding by several processes, cache, streams, the plan of
+an epoch, preview.
+"""

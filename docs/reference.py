@@ -81,7 +81,11 @@ def languages() -> dict[str, Language]:
 def english() -> dict[str, str]:
     """What keys and rooms mean, from their docstrings."""
     keys = {
-        f"{name}.{key}": text for name, section in SECTIONS.items() for key, text in attributes(section.__doc__ or "")
+        f"{name}.{key}": text
+        for name, section in SECTIONS.items()
+        for part in section.__mro__  # a section may take keys over from where they are used
+        if "finetune" in part.__module__
+        for key, text in attributes(part.__doc__ or "")
     }
     return keys | {f"rooms.{room}": room_docstring(room) for rooms in floors() for room in rooms}
 

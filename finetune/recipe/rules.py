@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from finetune.compute.losses import LOSSES, LossOptions
 from finetune.errors import ArgumentError
+from finetune.methods import METHODS
 from finetune.recipe.names import nearest
-from finetune.recipe.schema import QWEN2_LINEARS, REFERENCE_FREE_LOSSES, DpoSection, Recipe
-
-# Losses that stay meaningful with reference log-probabilities of 0; the others compare each side with the reference.
-_MAY_DROP_REFERENCE = ("sigmoid", "hinge", "ipo", *REFERENCE_FREE_LOSSES)
+from finetune.recipe.schema import QWEN2_LINEARS, DpoSection, Recipe
+from finetune.rows.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -34,24 +34,30 @@ def clashes(recipe: Recipe) -> Iterator[Clash]:
     yield from _length_rules(recipe)
     yield from _schedule_rules(recipe)
     yield from _evaluation_rules(recipe)
-    if recipe.dpo and recipe.method == "dpo":
+    if recipe.dpo is not None and METHODS[recipe.method].section == "dpo":
         yield from _loss_rules(recipe.dpo)
         yield from _reference_rules(recipe.dpo)
     yield from _distributed_rules(recipe)
 
 
 def _method_rules(recipe: Recipe) -> Iterator[Clash]:
-    if recipe.dpo and recipe.method != "dpo":
-        yield Clash(("dpo", "method"), "dpo is set, but method is sft", "Remove the section or write 'method: dpo'.")
-    if recipe.method == "dpo" and recipe.data.train_on != "responses":
+    method = METHODS[recipe.method]
+    for name, other in METHODS.items():
+        if other.section not in (None, method.section) and getattr(recipe, other.section) is not None:
+            yield Clash(
+                (other.section, "method"),
+                f"{other.section} is set, but method is {recipe.method}",
+                f"Remove the section or write 'method: {name}'.",
+            )
+    if recipe.data.train_on not in method.train_on:
         yield Clash(
             ("data.train_on", "method"),
-            f"data.train_on is {recipe.data.train_on}, but method dpo scores the responses",
-            "Leave data.train_on out or write responses.",
+            f"data.train_on is {recipe.data.train_on}, but method {recipe.method} scores the {method.train_on[0]}",
+            f"Leave data.train_on out or write {' or '.join(method.train_on)}.",
         )
+    right = ("auto", *(name for name, kind in FORMATS.items() if kind == method.rows))
     for name in ("train", "eval"):
         for index, source in enumerate(getattr(recipe.data, name)):
-            right = ("auto", "preference") if recipe.method == "dpo" else ("auto", "messages", "alpaca", "sharegpt")
             if source.format not in right:
                 yield Clash(
                     (f"data.{name}.{index}.format", "method"),
@@ -182,43 +188,42 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[Clash]:
 
 
 def _loss_rules(dpo: DpoSection) -> Iterator[Clash]:
-    used_by = {
-        "label_smoothing": ("sigmoid", dpo.label_smoothing > 0),
-        "simpo_gamma": ("simpo", dpo.simpo_gamma is not None),
-        "dpop_lambda": ("dpop", dpo.dpop_lambda is not None),
-    }
-    for name, (loss, is_set) in used_by.items():
-        if is_set and dpo.loss_type != loss:
+    loss = LOSSES[dpo.loss_type]
+    for name, field in LossOptions.model_fields.items():
+        readers = [other for other, kind in LOSSES.items() if name in kind.options]
+        if readers and dpo.loss_type not in readers and getattr(dpo, name) != field.default:
             yield Clash(
                 (f"dpo.{name}", "dpo.loss_type"),
                 f"dpo.{name} is set, but dpo.loss_type {dpo.loss_type} does not use it",
-                f"Remove it or write 'loss_type: {loss}'.",
+                f"Remove it or write 'loss_type: {' or '.join(readers)}'.",
             )
-    if dpo.loss_type == "orpo" and dpo.sft_loss_ratio > 0:
+    if loss.has_sft and dpo.sft_loss_ratio > 0:
         yield Clash(
             ("dpo.sft_loss_ratio", "dpo.loss_type"),
-            "dpo.sft_loss_ratio is above 0, but orpo already contains the SFT loss; dpo.beta weighs the other term",
+            f"dpo.sft_loss_ratio is above 0, but {dpo.loss_type} already contains the SFT loss; dpo.beta weighs the"
+            " other term",
             "Remove it.",
         )
 
 
 def _reference_rules(dpo: DpoSection) -> Iterator[Clash]:
-    loss = dpo.loss_type
-    if loss in REFERENCE_FREE_LOSSES and not dpo.reference_free:
+    loss = LOSSES[dpo.loss_type]
+    if not loss.has_reference and not dpo.reference_free:
         yield Clash(
             ("dpo.reference_free", "dpo.loss_type"),
-            f"dpo.reference_free is false, but dpo.loss_type {loss} has no reference model",
+            f"dpo.reference_free is false, but dpo.loss_type {dpo.loss_type} has no reference model",
             "Remove it.",
         )
-    if dpo.reference_free and loss not in _MAY_DROP_REFERENCE:
+    if dpo.reference_free and loss.has_reference and not loss.may_drop_reference:
+        free = [name for name, kind in LOSSES.items() if kind.may_drop_reference or not kind.has_reference]
         yield Clash(
             ("dpo.reference_free", "dpo.loss_type"),
-            f"dpo.reference_free is true, but dpo.loss_type {loss} needs a reference",
-            f"Remove it or use one of {', '.join(_MAY_DROP_REFERENCE)}.",
+            f"dpo.reference_free is true, but dpo.loss_type {dpo.loss_type} needs a reference",
+            f"Remove it or use one of {', '.join(free)}.",
         )
-    if not dpo.reference_free and loss not in REFERENCE_FREE_LOSSES:
+    if not dpo.reference_free and loss.has_reference:
         return
-    why = f"dpo.loss_type {loss} has no reference model" if loss in REFERENCE_FREE_LOSSES else "reference_free is true"
+    why = "reference_free is true" if loss.has_reference else f"dpo.loss_type {dpo.loss_type} has no reference model"
     if dpo.reference is not None:
         yield Clash(
             ("dpo.reference", "dpo.loss_type", "dpo.reference_free"), f"dpo.reference is set, but {why}", "Remove it."

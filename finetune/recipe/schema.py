@@ -9,17 +9,25 @@ them, and a key without one fails there.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from finetune.compute.losses import LOSSES, LossOptions
+from finetune.methods import METHODS
+from finetune.rows.formats import FORMATS
+
 QWEN2_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-REFERENCE_FREE_LOSSES = ("simpo", "orpo")
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-LossType = Literal["sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo", "dpop", "sppo_hard", "nca_pair"]
+if TYPE_CHECKING:  # a type checker takes no names that are computed
+    MethodName = str
+    RowForm = str
+else:
+    MethodName = Literal[tuple(METHODS)]
+    RowForm = Literal[tuple(["auto", *FORMATS])]
 Scheduler = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
 ]
@@ -90,7 +98,7 @@ class Source(Section):
     """
 
     path: Text
-    format: Literal["auto", "messages", "alpaca", "sharegpt", "preference"] = "auto"
+    format: RowForm = "auto"
     split: Text = "train"
     samples: Annotated[Count | None, Field(json_schema_extra=unit("rows"))] = None
 
@@ -197,30 +205,18 @@ class TrainingSection(Section):
         return data
 
 
-class DpoSection(Section):
-    """For `method: dpo` only. Names of TRL's and PaddleNLP's DPOConfig.
+class DpoSection(Section, LossOptions):
+    """For `method: dpo` only. Names of TRL's and PaddleNLP's DPOConfig; what losses read is in `LossOptions`.
 
     Attributes:
-        beta: Strength of the pull to the reference (in `simpo` the scale, in `orpo` the weight of the odds term).
-        loss_type: How a pair is scored; the page on preference training has a table of the losses.
-        label_smoothing: Chance that a pair is labelled the wrong way round; `sigmoid` only.
         precompute_ref_log_probs: Compute the reference's log-probabilities once, before training; `false` when not
             given and there is no reference, or `data.streaming`.
-        sft_loss_ratio: Weight of an added supervised loss on the chosen response.
-        simpo_gamma: Target margin, `simpo` only; there 0.5 when not given, as in TRL's CPOConfig.
-        dpop_lambda: Weight of the penalty, `dpop` only (Pal et al. 2024, arXiv:2402.13228); there 50 when not given.
         reference: Another model as the reference. When not given, the model before training.
         reference_free: Take the reference's log-probabilities as 0: `sigmoid`, `hinge`, `ipo`; always so for `simpo`
             and `orpo`.
     """
 
-    beta: Annotated[float, Field(gt=0, le=1000)] = 0.1
-    loss_type: LossType = "sigmoid"
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     precompute_ref_log_probs: bool = True
-    sft_loss_ratio: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    simpo_gamma: Annotated[float, Field(ge=0, le=1000)] | None = None
-    dpop_lambda: Annotated[float, Field(ge=0, le=1e6)] | None = None
     reference: Text | None = None
     reference_free: bool = False
 
@@ -230,15 +226,12 @@ class DpoSection(Section):
         if not isinstance(data, dict):
             return data
         data = dict(data)
-        loss = data.get("loss_type")
-        if loss in REFERENCE_FREE_LOSSES:
+        name = data.get("loss_type")
+        if isinstance(name, str) and name in LOSSES and not LOSSES[name].has_reference:
             data.setdefault("reference_free", True)
-        if data.get("reference_free") is True or loss in REFERENCE_FREE_LOSSES:
             data.setdefault("precompute_ref_log_probs", False)
-        if loss == "simpo" and data.get("simpo_gamma") is None:
-            data["simpo_gamma"] = 0.5
-        if loss == "dpop" and data.get("dpop_lambda") is None:
-            data["dpop_lambda"] = 50.0
+        if data.get("reference_free") is True:
+            data.setdefault("precompute_ref_log_probs", False)
         return data
 
 
@@ -281,7 +274,7 @@ class Recipe(Section):
         distributed: How a run is spread over processes.
     """
 
-    method: Literal["sft", "dpo"]
+    method: MethodName
     model: ModelSection
     lora: LoraSection | None = None
     data: DataSection
@@ -292,10 +285,12 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("method") != "dpo":
-            return data
-        dpo, rows = data.get("dpo"), data.get("data")
-        dpo = {} if dpo is None else dpo
+        """Give the method its section where the recipe leaves it out; of streamed rows nothing is known before."""
+        method = data.get("method") if isinstance(data, dict) else None
+        section = METHODS[method].section if isinstance(method, str) and method in METHODS else None
+        if section is not None and data.get(section) is None:
+            data = {**data, section: {}}
+        dpo, rows = (data.get("dpo"), data.get("data")) if isinstance(data, dict) else (None, None)
         if isinstance(dpo, dict) and isinstance(rows, dict) and rows.get("streaming") is True:
-            dpo = {"precompute_ref_log_probs": False, **dpo}
-        return {**data, "dpo": dpo}
+            data = {**data, "dpo": {"precompute_ref_log_probs": False, **dpo}}
+        return data

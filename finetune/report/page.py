@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from finetune.console import format_number, format_seconds
 from finetune.errors import DataError
+from finetune.methods import METHODS
 from finetune.report.charts import Chart, draw, series
 from finetune.report.metrics import read_metrics
 
@@ -28,8 +29,6 @@ MAX_SAMPLES = 24
 MAX_SAMPLE_CHARS = 1200
 MAX_FILES = 100
 MAX_RECIPE_CHARS = 40_000
-
-METHODS = {"sft": "supervised fine-tuning", "dpo": "preference optimization (DPO)"}
 
 VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "lora_plus": "LoRA+", "pissa": "PiSSA"}
 
@@ -149,8 +148,10 @@ def _name(run: Run) -> str:
     return run.folder.resolve().name
 
 
-def _method(run: Run) -> str:
-    return str(run.manifest.get("method") or run.recipe.get("method") or "")
+def _method_title(run: Run) -> str:
+    """What was done, also in a folder that another version wrote with a method that is not known here."""
+    method = METHODS.get(str(run.manifest.get("method") or run.recipe.get("method")))
+    return method.title if method else "training"
 
 
 def _model(run: Run) -> str:
@@ -159,14 +160,14 @@ def _model(run: Run) -> str:
 
 def _title(run: Run) -> str:
     model = _model(run).rstrip("/").split("/")[-1]
-    return f"{model}: {METHODS.get(_method(run), 'training')}" if model else _name(run)
+    return f"{model}: {_method_title(run)}" if model else _name(run)
 
 
 def _what(run: Run) -> str:
     """Say in a sentence or two what was trained, on what, and for how long."""
     if not (run.recipe or run.manifest or run.rows):
         return "This folder holds no record of a run yet."
-    text = METHODS.get(_method(run), "training")
+    text = _method_title(run)
     text = text[0].upper() + text[1:] + f" of {_model(run) or 'a model'}"
     lora = run.recipe.get("lora")
     if isinstance(lora, dict):

@@ -109,13 +109,14 @@ def named_notes(named: dict[str, Named], names: Sequence[str]) -> list[str]:
     return notes
 
 
-def length_notes(report: DataReport, max_length: int, method: str) -> list[str]:
+def length_notes(report: DataReport, max_length: int) -> list[str]:
     """What is said of rows that are too long."""
     limit = f"data.max_length ({max_length:,} tokens; the longest row has {report.longest:,})"
     notes = []
     if report.truncated:
-        what = f": {report.prompts_cut:,} in the prompt, {report.responses_cut:,} in a response"
-        notes.append(f"{_counted(report.truncated)} cut to {limit}{what if method == 'dpo' else ''}.")
+        pairs = report.prompts_cut or report.responses_cut
+        what = f": {report.prompts_cut:,} in the prompt, {report.responses_cut:,} in a response" if pairs else ""
+        notes.append(f"{_counted(report.truncated)} cut to {limit}{what}.")
     if report.dropped:
         notes.append(f"{_counted(report.dropped)} dropped for being longer than {limit}.")
     return notes
@@ -138,7 +139,7 @@ def build_dataset(
 
     Args:
         data: max_length (tokens), overlong ("truncate", "drop", "error") and train_on.
-        method: "sft" (conversations) or "dpo" (preferences).
+        method: One of METHODS, which says what kind of rows there must be.
         progress: Called with the number of rows done since the last call and, where it can be guessed, of all rows.
         base: The recipe's folder, see `find_files`.
         limit: Stop once this many rows are kept, for a look at the first ones.
@@ -168,7 +169,7 @@ def build_dataset(
         result = encoder.encode(task)
         parts += merged.add(task, result)
         progress(result.read, None)
-    dataset = dataset_of(Table(parts, inputs.names), method)
+    dataset = dataset_of(Table(parts, inputs.names), settings.kind)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
         # A look at a few rows does not read the whole files.
@@ -310,7 +311,7 @@ class _Merger:
             files=[FileReport(file.name, rows, sha256) for file, rows, sha256 in read],
             **self.counts,
         )
-        report.notes = length_notes(report, self.settings.max_length, self.settings.method)
+        report.notes = length_notes(report, self.settings.max_length)
         report.notes += named_notes(self.named, self.inputs.names)
         if not report.kept:
             raise DataError(
@@ -379,7 +380,7 @@ class _Large:
         )
 
     def _opened(self, parts: list[Part], content: dict[str, Any], where: Path):
-        dataset = dataset_of(Table(parts, self.inputs.names), self.settings.method)
+        dataset = dataset_of(Table(parts, self.inputs.names), self.settings.kind)
         report = _Merger(self.inputs, self.settings).load(content).report(dataset, self.hashes)
         console.say(f"Opened {_counted(report.kept)} that were prepared before: {where}")
         return dataset, report
@@ -419,7 +420,7 @@ class _Large:
             if store is not None:
                 store.discard()
             raise
-        dataset = dataset_of(Table(parts, self.inputs.names), self.settings.method)
+        dataset = dataset_of(Table(parts, self.inputs.names), self.settings.kind)
         return dataset, merged.report(dataset, self.hashes)
 
     def _parts(self, merged: _Merger) -> Iterator[Part]:

@@ -23,6 +23,7 @@ from finetune.chat.render import (
 )
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, Fault
+from finetune.methods import CONVERSATION, METHODS, PREFERENCE, RowKind, methods_on
 from finetune.rows.formats import detect_format, parse_row
 from finetune.rows.sources import Block
 from finetune.rows.table import Part
@@ -42,7 +43,7 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a row's tokens depend on beside the tokenizer: `DataSettings`, and sft or dpo."""
+    """What a row's tokens depend on beside the tokenizer: `DataSettings`, and the method, one of METHODS."""
 
     method: str
     max_length: int
@@ -53,6 +54,11 @@ class Settings:
     def of(cls, data: DataSettings, method: str) -> Settings:
         """Take what is needed of the recipe."""
         return cls(method, data.max_length, data.overlong, data.train_on)
+
+    @property
+    def kind(self) -> RowKind:
+        """What rows must be."""
+        return METHODS[self.method].rows
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ class _Run:
     def __init__(self, tokenizer: Tokenizer, settings: Settings, task: Task):
         self.tokenizer, self.settings, self.task = tokenizer, settings, task
         self.result = Result(form=task.form)
-        self.pair = settings.method == "dpo"
+        self.pair = settings.kind == PREFERENCE
         self.numbers: list[int] = []
         self.rows: list[Any] = []
         batch: list[tuple[int, Any]] = []
@@ -211,13 +217,12 @@ class _Run:
         return found
 
     def _checked(self, parsed: Conversation | Preference) -> Conversation | Preference:
-        pair = isinstance(parsed, Preference)
-        if pair != self.pair:
-            found, wanted = ("preference", "conversations") if pair else ("conversation", "preferences")
+        kind = PREFERENCE if isinstance(parsed, Preference) else CONVERSATION
+        if kind != self.settings.kind:
             raise DataError(
-                f"a {found} row, but method {self.settings.method} trains on {wanted}",
+                f"a {kind.name} row, but method {self.settings.method} trains on {self.settings.kind.plural}",
                 where=parsed.source,
-                fix=f"Use method: {'dpo' if pair else 'sft'}, or rows of the right form.",
+                fix=f"Use method: {' or '.join(methods_on(kind))}, or rows of the right form.",
             )
         return parsed
 

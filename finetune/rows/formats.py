@@ -8,8 +8,9 @@ from typing import Any, NoReturn
 
 from finetune.chat.messages import ROLES, Conversation, Preference
 from finetune.errors import DataError
+from finetune.methods import CONVERSATION, PREFERENCE
 
-FORMATS = ("messages", "alpaca", "sharegpt", "preference")
+FORMATS = {"messages": CONVERSATION, "alpaca": CONVERSATION, "sharegpt": CONVERSATION, "preference": PREFERENCE}
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",

@@ -189,7 +189,7 @@ class _Maker:
                 raise DataError.of(faults.first)
         packs = Packs.single(0)
         if result.part is not None:
-            lengths = dataset_of(Table([result.part], [task.name]), self.settings.encode.method).lengths
+            lengths = dataset_of(Table([result.part], [task.name]), self.settings.encode.kind).lengths
             packs = Packs.single(len(lengths)) if self.settings.room is None else pack(lengths, self.settings.room)
         if self.settings.shuffle:
             seed = [self.settings.seed, position.epoch, position.block]
@@ -320,7 +320,7 @@ class RowStream:
             raise item
         rows, packs = None, Packs(item.rows, item.starts)
         if item.result.part is not None:
-            rows = dataset_of(Table([item.result.part], self.files), self.settings.encode.method)
+            rows = dataset_of(Table([item.result.part], self.files), self.settings.encode.kind)
         self._blocks[self._serial] = item, rows, packs
         self._waiting.extend((self._serial, index) for index in range(self._skip, len(packs)))
         self._serial, self._skip = self._serial + 1, 0
@@ -339,7 +339,7 @@ class RowStream:
             report.supervised_tokens += int(rows.num_supervised.sum())
         encode = self.settings.encode
         add_named(self._named, result.named)
-        report.notes = length_notes(report, encode.max_length, encode.method) + named_notes(self._named, self.files)
+        report.notes = length_notes(report, encode.max_length) + named_notes(self._named, self.files)
 
     # -- as dataset and packs ------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from finetune.chat.render import IGNORE, Example, PairExample
 from finetune.errors import DataError
+from finetune.methods import PREFERENCE, RowKind
 
 AnyDataset = TypeVar("AnyDataset", "Dataset", "PairDataset")
 
@@ -178,9 +179,9 @@ class PairDataset(_Selectable):
         return PairExample(better.input_ids[: part.prompts[index]], better, worse, int(part.headers[index]), source)
 
 
-def dataset_of(table: Table, method: str) -> Dataset | PairDataset:
-    """The dataset over all rows of a table: pairs for method "dpo", else conversations."""
-    return PairDataset(table) if method == "dpo" else Dataset(table)
+def dataset_of(table: Table, kind: RowKind) -> Dataset | PairDataset:
+    """The dataset over all rows of a table, which are of this kind."""
+    return PairDataset(table) if kind == PREFERENCE else Dataset(table)
 
 
 def split_dataset(dataset: AnyDataset, fraction: float, seed: int) -> tuple[AnyDataset, AnyDataset]:

@@ -30,6 +30,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from finetune import console
+from finetune.compute.losses import LOSSES
 from finetune.errors import RecipeError
 from finetune.model import convert
 from finetune.model.load import load_model, set_parameter
@@ -37,7 +38,6 @@ from finetune.model.lora import adapter_disabled, lora_layers, merge_lora
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.runtime import paddle as _bring_up
 from finetune.model.tensorfile import TensorFolder
-from finetune.train.losses import LOSSES
 from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
 
 _bring_up()

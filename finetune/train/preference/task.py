@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from finetune.compute.forward import owner_counts
 from finetune.compute.layout import Layout
+from finetune.compute.losses import LOSSES, PairLogps, chosen_nll
 from finetune.model.runtime import paddle as _bring_up
-from finetune.train.losses import LOSSES, PairLogps, chosen_nll
 from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
 from finetune.train.preference.reference import make_references
 
@@ -47,7 +47,7 @@ class DpoTask:
         self.model, self.batcher, self.reference = model, batcher, reference
         self.packs = batcher.packs
         self.kind = LOSSES[section.loss_type]
-        self.options = {name: getattr(section, name) for name in self.kind.options}
+        self.options = {name: getattr(section, name) for name in self.kind.keys}
         self.sft_loss_ratio = section.sft_loss_ratio
         self._baseline: tuple[float, float] | None = None
 

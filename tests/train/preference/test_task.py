@@ -19,12 +19,12 @@ paddle = bring_up()
 
 from finetune.chat.tokenizer import Tokenizer  # noqa: E402
 from finetune.compute.layout import lay_out_pairs, lay_out_samples  # noqa: E402
+from finetune.compute.losses import LOSSES  # noqa: E402
 from finetune.model.adapters import LoraSettings  # noqa: E402
 from finetune.model.load import load_model  # noqa: E402
 from finetune.model.lora import add_lora  # noqa: E402
 from finetune.recipe.load import load_recipe  # noqa: E402
 from finetune.rows.dataset import build_dataset  # noqa: E402
-from finetune.train.losses import LOSSES  # noqa: E402
 from finetune.train.optimizer import trainable_parameters  # noqa: E402
 from finetune.train.preference.pairs import PairBatch, PairBatcher  # noqa: E402
 from finetune.train.preference.reference import CachedReference  # noqa: E402

@@ -1,7 +1,9 @@
 """Losses over preference pairs: pure functions of log-probabilities, unreduced, each with its paper and equation.
 
-`LOSSES` says of each loss which options and inputs it uses; the recipe refuses what a loss would not read. Means over
-pairs, over micro-batches and over ranks are the trainer's business (`finetune.train.preference.task`).
+A loss is its function and its row in `LOSSES`, both here: the recipe's `dpo.loss_type`, its rules, its defaults and the
+reference of its keys derive from them. So this loads neither paddle nor numpy, and paddle is brought up by the few
+helpers at the end that need it. Means over pairs, over micro-batches and over ranks are the trainer's business
+(`finetune.train.preference.task`).
 
 Notation in the docstrings: w is the chosen response and l the rejected one, |w| its tokens, pi the policy and ref the
 reference, r_w = log pi(w) - log ref(w), and s(x) the logistic function.
@@ -10,14 +12,16 @@ reference, r_w = log pi(w) - log ref(w), and s(x) the logistic function.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from finetune.model.runtime import paddle as _bring_up
+from pydantic import BaseModel, Field, model_validator
 
-_bring_up()
-import paddle  # noqa: E402
-import paddle.nn.functional as F  # noqa: E402
+from finetune.model.runtime import paddle as bring_up
+
+if TYPE_CHECKING:
+    import paddle
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class PairLogps:
     chosen_tokens: paddle.Tensor | None = None
     rejected_tokens: paddle.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = (self.chosen, self.rejected, self.chosen_tokens, self.rejected_tokens)
         shapes = [list(tensor.shape) for tensor in given if tensor is not None]
         if len(shapes[0]) != 1 or any(shape != shapes[0] for shape in shapes):
@@ -131,7 +135,7 @@ def hinge_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PairL
     """
     _check_beta(beta)
     chosen, rejected = _log_ratios(policy, reference)
-    return _with_rewards(F.relu(1.0 - beta * (chosen - rejected)), beta, chosen, rejected)
+    return _with_rewards(_relu(1.0 - beta * (chosen - rejected)), beta, chosen, rejected)
 
 
 def ipo_loss(policy: PairLogps, reference: PairLogps, *, beta: float) -> PairLoss:
@@ -197,7 +201,7 @@ def kto_pair_loss(
     else:
         drift_chosen, drift_rejected = (max(0.0, mean) for mean in baseline)
     # 1 - s(x) = s(-x), which keeps its digits when x is large
-    loss = 0.5 * (F.sigmoid(-beta * (chosen - drift_rejected)) + F.sigmoid(-beta * (drift_chosen - rejected)))
+    loss = 0.5 * (_sigmoid(-beta * (chosen - drift_rejected)) + _sigmoid(-beta * (drift_chosen - rejected)))
     return _with_rewards(loss, beta, chosen, rejected)
 
 
@@ -281,7 +285,7 @@ def dpop_loss(policy: PairLogps, reference: PairLogps, *, beta: float, dpop_lamb
     if not (dpop_lambda >= 0.0 and math.isfinite(dpop_lambda)):
         raise ValueError(f"dpop_lambda must be at least 0, got {dpop_lambda}")
     chosen, rejected = _log_ratios(policy, reference)
-    loss = _softplus(-beta * (chosen - rejected - dpop_lambda * F.relu(-chosen)))
+    loss = _softplus(-beta * (chosen - rejected - dpop_lambda * _relu(-chosen)))
     return _with_rewards(loss, beta, chosen, rejected)
 
 
@@ -363,32 +367,77 @@ class LossKind:
     """What the trainer and the recipe must know of a loss.
 
     Attributes:
-        function: The loss. Called with the policy, the reference if there is one, and its options by name.
-        options: Keys of the recipe's `dpo` section it reads, besides those every loss shares (sft_loss_ratio).
+        function: The loss. Called with the policy, the reference if there is one, and `keys` by name.
+        options: The keys of `LossOptions` that it reads and not every loss does, with what each is where the recipe
+            does not say; None: what the section says for all.
         has_reference: Whether it compares with a reference model.
+        may_drop_reference: Whether it still means something with the reference's log-probabilities taken as 0.
+        has_sft: Whether it holds a supervised term already, so that `sft_loss_ratio` would add it twice.
         per_token: Whether its rewards, and the log-probabilities TRL logs beside it, are averages over tokens.
         step_baseline: Whether it needs the mean log-ratios of a whole optimizer step before any gradient.
     """
 
     function: Callable[..., PairLoss]
-    options: frozenset[str]
+    options: Mapping[str, float | None] = field(default_factory=dict)
     has_reference: bool = True
+    may_drop_reference: bool = False
+    has_sft: bool = False
     per_token: bool = False
     step_baseline: bool = False
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys of `LossOptions` that its function takes."""
+        return ("beta", *self.options)
 
-_BETA = frozenset({"beta"})
+
 LOSSES: dict[str, LossKind] = {
-    "sigmoid": LossKind(dpo_loss, _BETA | {"label_smoothing"}),
-    "hinge": LossKind(hinge_loss, _BETA),
-    "ipo": LossKind(ipo_loss, _BETA),
-    "kto_pair": LossKind(kto_pair_loss, _BETA, step_baseline=True),
-    "simpo": LossKind(simpo_loss, _BETA | {"simpo_gamma"}, has_reference=False, per_token=True),
-    "orpo": LossKind(orpo_loss, _BETA, has_reference=False, per_token=True),
-    "dpop": LossKind(dpop_loss, _BETA | {"dpop_lambda"}),
-    "sppo_hard": LossKind(sppo_hard_loss, _BETA),
-    "nca_pair": LossKind(nca_pair_loss, _BETA),
+    "sigmoid": LossKind(dpo_loss, {"label_smoothing": None}, may_drop_reference=True),
+    "hinge": LossKind(hinge_loss, may_drop_reference=True),
+    "ipo": LossKind(ipo_loss, may_drop_reference=True),
+    "kto_pair": LossKind(kto_pair_loss, step_baseline=True),
+    "simpo": LossKind(simpo_loss, {"simpo_gamma": 0.5}, has_reference=False, per_token=True),
+    "orpo": LossKind(orpo_loss, has_reference=False, has_sft=True, per_token=True),
+    "dpop": LossKind(dpop_loss, {"dpop_lambda": 50.0}),
+    "sppo_hard": LossKind(sppo_hard_loss),
+    "nca_pair": LossKind(nca_pair_loss),
 }
+
+
+if TYPE_CHECKING:  # a type checker takes no names that are computed
+    LossType = str
+else:
+    LossType = Literal[tuple(LOSSES)]
+
+
+class LossOptions(BaseModel):
+    """The keys of the recipe's `dpo` section that choose a loss, and that losses read; `LOSSES` says which reads which.
+
+    Attributes:
+        beta: Strength of the pull to the reference (in `simpo` the scale, in `orpo` the weight of the odds term).
+        loss_type: How a pair is scored; the page on preference training has a table of the losses.
+        label_smoothing: Chance that a pair is labelled the wrong way round; `sigmoid` only.
+        sft_loss_ratio: Weight of an added supervised loss on the chosen response.
+        simpo_gamma: Target margin, `simpo` only; there 0.5 when not given, as in TRL's CPOConfig.
+        dpop_lambda: Weight of the penalty, `dpop` only (Pal et al. 2024, arXiv:2402.13228); there 50 when not given.
+    """
+
+    beta: Annotated[float, Field(gt=0, le=1000)] = 0.1
+    loss_type: LossType = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    sft_loss_ratio: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    simpo_gamma: Annotated[float, Field(ge=0, le=1000)] | None = None
+    dpop_lambda: Annotated[float, Field(ge=0, le=1e6)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_options(cls, data: Any) -> Any:
+        name = data.get("loss_type") if isinstance(data, dict) else None
+        if not isinstance(name, str) or name not in LOSSES:
+            return data
+        given = {key for key in data if data[key] is not None}
+        options = LOSSES[name].options
+        return {**data, **{key: value for key, value in options.items() if value is not None and key not in given}}
 
 
 def _check_beta(beta: float) -> None:
@@ -408,12 +457,21 @@ def _with_rewards(loss: paddle.Tensor, beta: float, chosen: paddle.Tensor, rejec
     return PairLoss(loss, beta * chosen.detach(), beta * rejected.detach())
 
 
+def _relu(x: paddle.Tensor) -> paddle.Tensor:
+    return bring_up().nn.functional.relu(x)
+
+
+def _sigmoid(x: paddle.Tensor) -> paddle.Tensor:
+    return bring_up().nn.functional.sigmoid(x)
+
+
 def _softplus(x: paddle.Tensor) -> paddle.Tensor:
     """log(1 + exp(x)) = -log s(-x), to full precision on both sides.
 
     Paddle's log_sigmoid and softplus take log(1 + y) where log1p(y) is meant: in float32 the loss of a pair won by 12
     nats is off by 1%, by 17 nats it is 0.
     """
+    paddle = bring_up()
     # Each branch sees only its own half, so that neither overflows; at 0 the clipped gradient is whole
     low = paddle.log1p(paddle.exp(x.clip(max=0.0)))
     high = x + paddle.log1p(paddle.exp(-x.clip(min=0.0)))
@@ -425,6 +483,7 @@ def _log1mexp(x: paddle.Tensor) -> paddle.Tensor:
 
     Source: Maechler 2012, "Accurately computing log(1 - exp(-|a|))": expm1 above -ln 2, log1p below.
     """
+    paddle = bring_up()
     half = math.log(2.0)
     tiny = float(paddle.finfo(x.dtype).tiny)
     # Each branch sees only its own half: the gradient of a branch not taken would be nan at its edge

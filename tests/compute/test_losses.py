@@ -11,7 +11,7 @@ from finetune.model.runtime import paddle as bring_up
 
 paddle = bring_up()
 
-from finetune.train.losses import (  # noqa: E402
+from finetune.compute.losses import (  # noqa: E402
     LOSSES,
     PairLogps,
     chosen_nll,
@@ -55,7 +55,7 @@ def reference(**kwargs):
 
 def call(name, policy, reference, **changed):
     kind = LOSSES[name]
-    options = {key: value for key, value in (OPTIONS | changed).items() if key in kind.options}
+    options = {key: value for key, value in (OPTIONS | changed).items() if key in kind.keys}
     given = (policy, reference) if kind.has_reference else (policy,)
     return kind.function(*given, **options)
 
@@ -140,7 +140,7 @@ def test_gradient_is_the_slope(name):
 
     def total(chosen, rejected, trained=False):
         given = pairs(chosen, rejected, trained=trained)
-        options = {key: OPTIONS[key] for key in kind.options} | held
+        options = {key: OPTIONS[key] for key in kind.keys} | held
         both = (given, reference()) if kind.has_reference else (given,)
         return given, kind.function(*both, **options).loss.sum()
 
@@ -282,14 +282,15 @@ def test_lengths_are_asked_for(name):
         call(name, bare, bare)
 
 
-def test_registry_agrees_with_the_recipe():
-    from typing import get_args
+def test_the_recipe_offers_the_losses_of_the_contract():
+    from finetune.recipe.schema import DpoSection
 
-    from finetune.recipe.schema import REFERENCE_FREE_LOSSES, DpoSection, LossType
-
-    assert set(get_args(LossType)) == set(LOSSES)
-    assert set(REFERENCE_FREE_LOSSES) == {name for name, kind in LOSSES.items() if not kind.has_reference}
-    assert set().union(*(kind.options for kind in LOSSES.values())) <= set(DpoSection.model_fields)
+    names = "sigmoid hinge ipo kto_pair simpo orpo dpop sppo_hard nca_pair".split()
+    assert list(LOSSES) == names
+    assert {key for kind in LOSSES.values() for key in kind.keys} <= set(DpoSection.model_fields)
+    assert [name for name in names if DpoSection(loss_type=name).reference_free] == ["simpo", "orpo"]
+    assert (DpoSection(loss_type="simpo").simpo_gamma, DpoSection(loss_type="dpop").dpop_lambda) == (0.5, 50.0)
+    assert DpoSection(loss_type="dpop", dpop_lambda=0.0).dpop_lambda == 0.0
 
 
 @pytest.mark.parametrize("name", LOSSES)

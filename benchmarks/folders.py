@@ -18,9 +18,10 @@ from finetune.chat.messages import Conversation
 from finetune.chat.tokenizer import Tokenizer
 from finetune.model.adapters import LoraSettings, peft_config
 from finetune.recipe.schema import Source
+from finetune.rows.datafiles import find_files
 from finetune.rows.dataset import build_dataset
 from finetune.rows.formats import detect_format, parse_row
-from finetune.rows.sources import read_rows
+from finetune.rows.sources import read_blocks, rows_of
 from tests.tiny import Shape, tiny_config, tiny_tokenizer, tiny_weights, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,7 +156,10 @@ def data_file(method: str) -> Path:
 def load_rows(method: str) -> list[dict]:
     """All rows in the forms that both sides read: {"messages"}, or {"prompt", "chosen", "rejected"} with one answer."""
     rows, path = [], data_file(method)
-    for row, name in read_rows(Source(path=str(path))):
+    files = find_files(Source(path=str(path)))
+    blocks = [(file.name, block) for file in files for block in read_blocks(file)]
+    named = [(f"{file}:{number}", row) for file, block in blocks for number, row in rows_of(block, file)]
+    for name, row in named:
         parsed = parse_row(row, detect_format(row, name), name)
         if isinstance(parsed, Conversation):
             rows.append({"messages": parsed.messages})

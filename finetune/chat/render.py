@@ -12,54 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from finetune.chat.example import IGNORE, Example, PairExample, shared_prompt_length
 from finetune.chat.messages import OWN_KEYS, Conversation, Preference
 from finetune.chat.template import ChatTemplate, TemplateFault
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import CheckpointError, DataError
 
-IGNORE = -100
-TRAIN_ON = ("responses", "last_response", "all")
 Span = tuple[int, int]
 _MARKS = [chr(code) for code in range(0xF8C0, 0xF8D0)]  # private use: no meaning, neither space nor letter
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenized conversation.
-
-    Attributes:
-        input_ids: int32 [L].
-        labels: int32 [L], equal to input_ids where supervised, -100 elsewhere. Not shifted.
-        source: "file:row".
-    """
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    source: str
-
-    @property
-    def num_supervised(self) -> int:
-        return int(np.count_nonzero(self.labels != IGNORE))
-
-
-@dataclass(frozen=True)
-class PairExample:
-    """One tokenized preference. Both sides start with `prompt_ids`; all their labels lie behind it.
-
-    Attributes:
-        prompt_ids: int32 [P], what the two sides share, at most up to the first supervised token.
-        chosen: Prompt and better answer.
-        rejected: Prompt and worse answer.
-        header_length: How many tokens at the end of the prompt are the generation header (`<|im_start|>assistant`
-            and a newline), which is never cut.
-        source: "file:row".
-    """
-
-    prompt_ids: np.ndarray
-    chosen: Example
-    rejected: Example
-    header_length: int
-    source: str
 
 
 @dataclass(frozen=True)
@@ -302,22 +262,6 @@ def _token_range(encoding, span: Span, length: int) -> tuple[int, int]:
     return first, after
 
 
-def encode_conversations(
-    tokenizer: Tokenizer, conversations: Sequence[Conversation], train_on: str = "responses"
-) -> list[Example]:
-    """Render and tokenize conversations; `encode_conversation` of each, faster.
-
-    Raises:
-        DataError: as `render_conversation`, for the first bad conversation.
-    """
-    return encode_rendered(tokenizer, [render_conversation(tokenizer, c, train_on) for c in conversations])
-
-
-def encode_conversation(tokenizer: Tokenizer, conversation: Conversation, train_on: str = "responses") -> Example:
-    """Render and tokenize one conversation. See `render_conversation` for what is supervised."""
-    return encode_conversations(tokenizer, [conversation], train_on)[0]
-
-
 @dataclass(frozen=True)
 class RenderedPair:
     """Both sides of a preference as text, and the characters of the generation header."""
@@ -362,23 +306,6 @@ def _pair(tokenizer: Tokenizer, pair: RenderedPair, chosen: Example, rejected: E
     shared = shared_prompt_length(chosen, rejected)
     header = len(tokenizer.encode(pair.chosen.text[slice(*pair.header)]))
     return PairExample(chosen.input_ids[:shared], chosen, rejected, min(header, shared), chosen.source)
-
-
-def shared_prompt_length(chosen: Example, rejected: Example) -> int:
-    """How many first tokens both sides share, none of them supervised on either side."""
-    limit = min(_first_supervised(chosen), _first_supervised(rejected))
-    differing = np.flatnonzero(chosen.input_ids[:limit] != rejected.input_ids[:limit])
-    return int(differing[0]) if len(differing) else limit
-
-
-def _first_supervised(example: Example) -> int:
-    supervised = np.flatnonzero(example.labels != IGNORE)
-    return int(supervised[0]) if len(supervised) else len(example.labels)
-
-
-def encode_preference(tokenizer: Tokenizer, preference: Preference) -> PairExample:
-    """Render and tokenize one preference."""
-    return encode_pairs(tokenizer, [render_preference(tokenizer, preference)])[0]
 
 
 def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:

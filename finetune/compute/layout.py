@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-IGNORE = -100
+from finetune.chat.example import IGNORE
+
 Scored = tuple[np.ndarray, np.ndarray]
 
 

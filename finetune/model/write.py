@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.chat.tokenizer import TOKENIZER_FILES
+from finetune.chat.folder import TOKENIZER_FILES
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.files import json_text, new_folder, read_json, within, write_json
 from finetune.model import convert

@@ -14,7 +14,8 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from finetune.chat.tokenizer import QWEN2_PATTERN, Tokenizer
+from finetune.chat.folder import QWEN2_PATTERN
+from finetune.chat.tokenizer import Tokenizer
 
 VOCABULARY = 1024
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

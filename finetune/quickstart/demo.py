@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from finetune.chat.tokenizer import TOKENIZER_FILES
+from finetune.chat.folder import TOKENIZER_FILES
 from finetune.errors import FinetuneError
 from finetune.quickstart import base, tasks
 from finetune.quickstart.tasks import DATA, Question

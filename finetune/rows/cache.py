@@ -31,6 +31,7 @@ from finetune.files import sync
 from finetune.rows.table import Part, Sequences
 
 MAX_BYTES = 20 * 2**30
+_ROOMS, _BELOW = ("chat", "rows"), ("errors.py", "files.py", "methods.py")
 ROWS, ENTRY = "rows.arrow", "entry.json"
 _CHUNK = 1 << 20
 
@@ -48,12 +49,20 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def code_files() -> list[Path]:
+    """The files of the package that decide what the tokens of a row are: two rooms, and what those take from below."""
+    package = Path(__file__).parent.parent
+    rooms = [path for room in _ROOMS for path in (package / room).rglob("*.py")]
+    return sorted([*rooms, *(package / name for name in _BELOW)])
+
+
 @cache
 def code_digest() -> str:
-    """SHA-256 of the modules that turn rows into tokens: another version of them makes other entries."""
-    total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        total.update(path.read_bytes())
+    """SHA-256 of `code_files` with their names: another version of them makes other entries."""
+    package, total = Path(__file__).parent.parent, hashlib.sha256()
+    for path in code_files():
+        content = path.read_bytes()
+        total.update(f"{path.relative_to(package)} {len(content)}\n".encode() + content)
     return total.hexdigest()
 
 

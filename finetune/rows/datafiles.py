@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 from finetune.errors import DataError
 from finetune.files import hash_file
@@ -52,6 +53,17 @@ class DataFile:
     path: Path | None
     split: str | None = None
 
+    def open(self) -> IO[bytes]:
+        """The file's bytes, unpacked.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is on the hub.
+        """
+        if self.path is None:
+            raise ValueError(f"{self.name} is on the hub")
+        return gzip.open(self.path, "rb") if self.path.name.lower().endswith(".gz") else self.path.open("rb")
+
     def sha256(self) -> str | None:
         """Hash of the file's bytes, hex; None for the hub, whose own cache keys the data.
 
@@ -88,7 +100,8 @@ class DataFile:
         if self.path is None:
             return None
         packed = self.path.name.lower().endswith((".gz", ".parquet"))
-        return self.state()[0] * (_PACKED if packed else 1)
+        state = self.state()
+        return None if state is None else state[0] * (_PACKED if packed else 1)
 
 
 def unreadable(error: Exception, name: str) -> DataError:

@@ -10,22 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from finetune.chat.example import IGNORE, Example, PairExample, shared_prompt_length
 from finetune.chat.messages import Conversation, Preference
-from finetune.chat.render import (
-    IGNORE,
-    Example,
-    PairExample,
-    encode_pairs,
-    encode_rendered,
-    render_conversation,
-    render_preference,
-    shared_prompt_length,
-)
+from finetune.chat.render import encode_pairs, encode_rendered, render_conversation, render_preference
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, Fault
 from finetune.methods import CONVERSATION, METHODS, PREFERENCE, RowKind, methods_on
+from finetune.rows.block import Block
 from finetune.rows.formats import detect_format, parse_row
-from finetune.rows.sources import Block
+from finetune.rows.sources import rows_of
 from finetune.rows.table import Part
 
 MAX_FAULTS = 10
@@ -170,7 +163,7 @@ class _Run:
         batch: list[tuple[int, Any]] = []
         size = _BATCH if task.keep is None else min(task.keep, _BATCH)
         first, step = task.share
-        for index, (number, row) in enumerate(task.block.rows(task.name)):
+        for index, (number, row) in enumerate(rows_of(task.block, task.name)):
             if index == task.limit or (task.keep is not None and len(self.rows) >= task.keep):
                 break
             if index % step != first:

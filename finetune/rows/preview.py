@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from finetune.chat.render import IGNORE, Example, PairExample
+from finetune.chat.example import IGNORE, Example, PairExample
 from finetune.chat.tokenizer import Tokenizer
 from finetune.rows.dataset import DataReport, build_dataset
 

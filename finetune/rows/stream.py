@@ -22,11 +22,12 @@ import numpy as np
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, FinetuneError
+from finetune.rows.block import Block
 from finetune.rows.datafiles import DataFile, Source, find_files
 from finetune.rows.dataset import DataReport, FileReport, add_named, input_size, length_notes, named_notes
 from finetune.rows.encode import Encoder, Named, Result, Settings, Task
 from finetune.rows.plan import Packs, Step, pack
-from finetune.rows.sources import Block, read_blocks
+from finetune.rows.sources import read_blocks
 from finetune.rows.table import Dataset, PairDataset, Table, dataset_of
 from finetune.rows.workers import Worker, answer, connect
 

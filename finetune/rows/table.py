@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from finetune.chat.render import IGNORE, Example, PairExample
+from finetune.chat.example import IGNORE, Example, PairExample
 from finetune.errors import DataError
 from finetune.methods import PREFERENCE, RowKind
 

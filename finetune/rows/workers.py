@@ -51,6 +51,8 @@ class Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | alone,
+                # Ctrl-C and a manager's SIGTERM reach a whole process group; the parent decides what they mean.
+                start_new_session=True,
             )
 
     def receive(self):
@@ -82,10 +84,14 @@ class Worker:
             raise self._ended() from None
 
     def _ended(self) -> TrainingError:
-        return TrainingError(
-            f"a process that tokenizes ended with code {self.process.wait()}",
-            fix="Memory may have run out; then close other programs, or run on a machine with more.",
-        )
+        code = self.process.wait()
+        if code == -signal.SIGKILL:  # what the kernel sends when memory runs out
+            return TrainingError(
+                "a process that tokenizes was killed",
+                fix="Memory may have run out; then close other programs, or run on a machine with more.",
+            )
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return TrainingError(f"a process that tokenizes {how}", fix="Run the same command again.")
 
     def close(self) -> None:
         """End the process, whatever it is at."""
@@ -95,8 +101,9 @@ class Worker:
 
 
 def connect(fd: int) -> Connection:
-    """The worker's end of the pipe. Ctrl-C reaches all processes of a terminal; the parent decides what it means."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The worker's end of the pipe. Cluster managers signal every process of a job, of whichever session."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     return Connection(fd)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.chat.tokenizer import TOKENIZER_FILES
+from finetune.chat.folder import TOKENIZER_FILES
 from finetune.errors import ArgumentError, Fault, RecipeError
 from finetune.model.resolve import resolve_model
 from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep

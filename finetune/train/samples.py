@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.compute.layout import IGNORE
+from finetune.chat.example import IGNORE
 from finetune.files import write_json
 
 if TYPE_CHECKING:

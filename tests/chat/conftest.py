@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from finetune.chat.render import IGNORE, Example
-from finetune.chat.tokenizer import Tokenizer, qwen2_backend
+from finetune.chat.example import IGNORE, Example
+from finetune.chat.folder import qwen2_backend
+from finetune.chat.tokenizer import Tokenizer
 from tests.tiny import CHATML
 
 QWEN25 = (Path(__file__).parent / "templates/qwen2.5.jinja").read_text(encoding="utf-8")

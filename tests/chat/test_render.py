@@ -8,22 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune.chat.example import IGNORE
 from finetune.chat.messages import Conversation
-from finetune.chat.render import (
-    _MARKS,
-    IGNORE,
-    _View,
-    encode_conversation,
-    encode_conversations,
-    encode_preference,
-    prompt_ids,
-    render_conversation,
-)
+from finetune.chat.render import _MARKS, _View, prompt_ids, render_conversation
 from finetune.chat.template import TemplateFault
 from finetune.errors import CheckpointError, DataError
 from finetune.rows.formats import parse_row
 from tests.chat.cases import PLAIN, TOOLS, WEATHER, said
 from tests.chat.conftest import SHARED, byte_tokenizer, marked
+from tests.chat.encoding import encode_conversation, encode_conversations, encode_preference
 from tests.tiny import CHATML
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

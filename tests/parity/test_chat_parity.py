@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from finetune.chat.render import IGNORE, encode_conversation, encode_preference, prompt_ids
+from finetune.chat.example import IGNORE
+from finetune.chat.render import prompt_ids
 from finetune.chat.tokenizer import Tokenizer
 from finetune.rows.datafiles import DataFile
 from finetune.rows.formats import parse_row
-from finetune.rows.sources import read_file
 from tests.chat.cases import PLAIN, TOOLS
+from tests.chat.encoding import encode_conversation, encode_preference
+from tests.rows.reading import read_file
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared"

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from finetune.chat.render import IGNORE, encode_preference
+from finetune.chat.example import IGNORE
 from finetune.errors import DataError
 from finetune.rows.dataset import build_dataset
 from finetune.rows.encode import cut_pair
@@ -14,6 +14,7 @@ from finetune.rows.formats import parse_row
 from finetune.rows.table import split_dataset
 from tests.chat.cases import WEATHER, said
 from tests.chat.conftest import From, Settings, marked
+from tests.chat.encoding import encode_preference
 
 
 def lines(*rows: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -402,22 +403,74 @@ def test_a_worker_that_dies_is_an_error():
         worker.close()
 
 
-def test_no_worker_outlives_a_killed_parent(tiny_tokenizer_folder, tmp_path):
+def send_sigterm(fd: int) -> None:
+    """What a cluster's manager does, which signals all processes of a job."""
+    connection = connect(fd)
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    answer(connection, lambda: "here")
+    connection.recv()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def be_killed(fd: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_leave_signals_to_the_parent_and_only_a_kill_is_taken_for_lack_of_memory():
+    worker, killed = Worker(send_sigterm), Worker(be_killed)
+    try:
+        assert worker.receive() == "here"
+        worker.send(None)
+        with pytest.raises(TrainingError, match="ended by SIGTERM. Run the same command again"):
+            worker.receive()
+        with pytest.raises(TrainingError, match="was killed. Memory may have run out"):
+            killed.receive()
+    finally:
+        worker.close()
+        killed.close()
+
+
+def test_a_signal_to_the_process_group_ends_the_work_without_a_word_on_memory(tiny_tokenizer_folder, tmp_path):
     (tmp_path / "a.jsonl").write_text(lines(*many(20_000)), encoding="utf-8")
+    command = [sys.executable, "-c", preparing(tmp_path / "a.jsonl", tiny_tokenizer_folder, handle="SystemExit(143)")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes) as process:
+        process.stdout.readline()  # the first block is done
+        os.killpg(process.pid, signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said == ""
+
+
+def preparing(data: Path, tokenizer: Path, handle: str = "KeyboardInterrupt()") -> str:
+    """A program that prepares rows in two processes and prints its progress; SIGTERM raises `handle` in it."""
     code = f"""
+    import signal
     from types import SimpleNamespace as Of
     from finetune.rows import dataset
     from finetune.chat.tokenizer import Tokenizer
     from functools import partial
+
+    def stop(*_):
+        raise {handle}
+
+    signal.signal(signal.SIGTERM, stop)
     dataset.LARGE_BYTES = 0
     dataset.worker_count = lambda: 2
     dataset.read_blocks = partial(dataset.read_blocks, size=20_000)
-    source = Of(path={str(tmp_path / "a.jsonl")!r}, format="auto", split="train", samples=None)
+    source = Of(path={str(data)!r}, format="auto", split="train", samples=None)
     data = Of(max_length=100, overlong="truncate", train_on="responses")
-    tokenizer = Tokenizer.from_folder({str(tiny_tokenizer_folder)!r})
+    tokenizer = Tokenizer.from_folder({str(tokenizer)!r})
     dataset.build_dataset([source], tokenizer, data=data, method="sft", progress=lambda *a: print(*a, flush=True))
     """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return textwrap.dedent(code)
+
+
+def test_no_worker_outlives_a_killed_parent(tiny_tokenizer_folder, tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(*many(20_000)), encoding="utf-8")
+    command = [sys.executable, "-c", preparing(tmp_path / "a.jsonl", tiny_tokenizer_folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
         process.stdout.readline()  # the first block is done
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -434,6 +487,25 @@ def _runs(pid: str) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_all_code_that_decides_what_a_token_is_is_in_the_key():
+    package = Path(cache.__file__).parent.parent
+    waiting, seen = [package / "rows/encode.py", package / "rows/sources.py"], set()
+    while waiting:
+        file = waiting.pop()
+        seen.add(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] != "finetune":
+                continue
+            # Paddle is brought up only where a caller asks for tensors (return_tensors="pd").
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            paths = {
+                package.parent / f"{name.replace('.', '/')}.py" for name in names if name != "finetune.model.runtime"
+            }
+            waiting += [path for path in paths if path.is_file() and path not in seen]
+    assert package / "chat/render.py" in seen and package / "errors.py" in seen and len(seen) > 12
+    assert seen <= set(cache.code_files())
 
 
 def test_another_process_gets_the_same_tokenizer(tiny_tokenizer_folder):

@@ -8,9 +8,10 @@ import pytest
 
 from finetune.errors import DataError, Fault
 from finetune.rows.datafiles import DataFile, find_files
-from finetune.rows.sources import read_blocks, read_rows
+from finetune.rows.sources import read_blocks
 from tests.chat.cases import said
 from tests.chat.conftest import From
+from tests.rows.reading import read_rows
 
 ROWS = [{"messages": said("q", f"a{i}")} for i in range(3)]
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"city": "Rom"}}}]}

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from finetune.chat.example import IGNORE
 from finetune.compute.forward import sum_by_owner, token_logps
-from finetune.compute.layout import IGNORE, Layout, lay_out_pairs
+from finetune.compute.layout import Layout, lay_out_pairs
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 import paddle  # noqa: E402
 
 if TYPE_CHECKING:
-    from finetune.chat.render import PairExample
+    from finetune.chat.example import PairExample
     from finetune.rows.table import PairDataset
 
 

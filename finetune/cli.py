@@ -6,7 +6,6 @@ Only the standard library and typer are loaded here; what a command needs is imp
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import traceback
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from finetune import __version__
-from finetune.errors import ArgumentError, FinetuneError, UserError
+from finetune.errors import ArgumentError, Fault, FinetuneError, UserError, did_you_mean
 
 app = typer.Typer(
     name="finetune",
@@ -65,9 +64,8 @@ def _choice(*choices: str) -> Callable[[str], str]:
 
     def read(text: str) -> str:
         if text not in choices:
-            near = difflib.get_close_matches(text.lower(), choices, n=1)
-            hint = f". Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{text!r} is not one of {', '.join(choices)}{hint}")
+            fault = Fault(f"{text!r} is not one of {', '.join(choices)}", fix=did_you_mean(text, choices))
+            raise ValueError(str(fault))
         return text
 
     return read

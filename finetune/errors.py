@@ -6,7 +6,12 @@ Every error a user can cause is a `UserError`; the command line prints it as one
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+_NEAR = 0.66  # of difflib's ratio: two letters that changed places in a word of three
+_LONGEST = 100  # characters of a word that are looked at: the search takes time by the square of its length
 
 
 @dataclass(frozen=True)
@@ -74,3 +79,24 @@ class TrainingError(FinetuneError):
 
 class StorageError(FinetuneError):
     """The disk is full, or has become read-only."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that a mistyped word was probably meant to be, whatever its case.
+
+    Returns:
+        The nearest choice; None when nothing is near, or the word is itself one of them.
+
+    >>> nearest("Sigmiod", ("sigmoid", "hinge"))
+    'sigmoid'
+    """
+    by_word = {choice.strip().lower(): choice for choice in choices}
+    found = difflib.get_close_matches(word.strip().lower()[:_LONGEST], by_word, n=1, cutoff=_NEAR)
+    near = by_word[found[0]] if found else None
+    return None if near == word else near
+
+
+def did_you_mean(word: str, choices: Iterable[str], more: str = "") -> str:
+    """A hint `Did you mean x?` with the nearest choice if there is one, and what else there is to say."""
+    near = nearest(word, choices)
+    return f"Did you mean {near}? {more}".rstrip() if near else more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import glob
 import hashlib
@@ -12,6 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from finetune.errors import CheckpointError, FinetuneError, StorageError
 
@@ -81,13 +81,6 @@ def within(name: str, folder: Path) -> Path:
     return path
 
 
-def nearest(name: str, candidates) -> str:
-    """A hint `Did you mean 'x'?`, or the empty string: nothing is near, or the name is itself one of them."""
-    choices = list(candidates)
-    found = [] if name in choices else difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    return f"Did you mean {found[0]!r}?" if found else ""
-
-
 def check_new(folder: Path) -> None:
     """A folder to be written must not exist, or be empty.
 
@@ -126,12 +119,45 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what processes that are no more left half-written."""
-    for path in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        owner = path.name.rpartition("-")[2]
+def _sweep(path: Path) -> None:
+    """Remove what processes that are no more left half-written of a file or folder."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.partial-*"):
+        owner = left.name.rpartition("-")[2]
         if owner == str(os.getpid()) or not Path("/proc", owner).exists():
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(left, ignore_errors=True)
+            left.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Give a hidden file to write to; on success sync it and rename it to `path`, on failure remove it.
+
+    Whoever opens `path`, now or after a crash at any moment, finds the old file or the new one whole.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    _sweep(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole, as `replacing` does; text in UTF-8, where half of a surrogate pair becomes its escape.
+
+    Raises:
+        OSError: it cannot be written; `path` is as it was.
+    """
+    with replacing(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
 
 
 def write_fault(error: OSError, where: Path, *, needed: int | None = None, fix: str | None = None) -> FinetuneError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.metadata
 import io
 import json
@@ -16,10 +15,10 @@ from typing import Any
 
 from finetune import __version__
 from finetune.console import say
-from finetune.errors import ArgumentError, FinetuneError
+from finetune.errors import ArgumentError, FinetuneError, did_you_mean
 from finetune.evaluate.benchmarks import BENCHMARKS, Benchmark, find_benchmark
 from finetune.infer.open import open_model
-from finetune.infer.partial import replacing
+from finetune.infer.partial import output_file
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE
 from finetune.model.resolve import resolve_model
 
@@ -68,7 +67,7 @@ def evaluate(
             shots = benchmark.num_fewshot if num_fewshot is None else num_fewshot
             record["tasks"][name] = _run(judged, benchmark, manager, limit, shots, raw, allow_code)
             if output is not None:
-                with replacing(output) as file:
+                with output_file(output) as file:
                     json.dump(record, file, indent=2, ensure_ascii=False, default=str)
             if len(record["tasks"]) == 1:
                 print(_LINE.format("task", "metric", "value", "error", "questions"))
@@ -108,11 +107,8 @@ def _checked(name: str, manager, allow_code: bool) -> Benchmark:
     benchmark = find_benchmark(name)
     if benchmark.task not in manager.all_tasks:
         known = sorted({*BENCHMARKS, *manager.all_tasks})
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        hint = f"Did you mean {', '.join(near)}? " if near else ""
-        raise ArgumentError(
-            f"{name!r} is not a task", where="--tasks", fix=f"{hint}The page's are {', '.join(BENCHMARKS)}."
-        )
+        fix = did_you_mean(name, known, f"The page's are {', '.join(BENCHMARKS)}.")
+        raise ArgumentError(f"{name!r} is not a task", where="--tasks", fix=fix)
     if not allow_code and _runs_code(benchmark.task, manager):
         raise ArgumentError(
             f"{name} runs the programs that the model writes, on this machine and with your rights",

@@ -22,7 +22,7 @@ from finetune.console import progress, warn
 from finetune.errors import ArgumentError, DataError
 from finetune.files import hash_file
 from finetune.infer.open import open_model, open_tokenizer
-from finetune.infer.partial import PartialAnswers, hash_model, replacing, resuming
+from finetune.infer.partial import PartialAnswers, hash_model, output_file, resuming
 from finetune.infer.prompts import Prompt, PromptReader
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Sampling
 from finetune.model.resolve import resolve_model
@@ -75,7 +75,7 @@ def generate(
         if output is None:
             _stream(engine, asked, sampling)
         else:
-            with replacing(Path(output)) as file:
+            with output_file(Path(output)) as file:
                 file.write(_line(asked, engine.generate([asked.ids], sampling)[0]))
         return
     skip = on_bad_row == "skip"

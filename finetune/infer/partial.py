@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -21,6 +22,7 @@ import numpy as np
 
 from finetune.console import say
 from finetune.errors import ArgumentError
+from finetune.files import replacing
 from finetune.model.resolve import HUB_PATTERNS, ModelSource
 
 
@@ -146,40 +148,33 @@ def _say_kept(sidecar: Path, partial: PartialAnswers, rows: int) -> None:
 
 
 def _write_output(output: Path, partial: PartialAnswers) -> None:
-    with replacing(output) as file:
+    with output_file(output) as file:
         file.writelines(partial.in_order())
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[str]]:
+def output_file(path: Path) -> Iterator[IO[str]]:
     """A text file that takes the place of `path` when it is complete: of what a link points to, not of the link.
 
     A device or a pipe, such as /dev/stdout, is written to as it is: replaced, it would be gone for everyone.
     """
-    special = _is_special(path)
-    if path.is_symlink() and not special:
-        path = Path(os.path.realpath(path))  # unlike Path.resolve, takes links in a circle too
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
-        if special:
+        if _is_special(path):
             with path.open("w", encoding="utf-8") as file:
                 yield file
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new.open("w", encoding="utf-8") as file:
+        place = Path(os.path.realpath(path))  # unlike Path.resolve, takes links in a circle too
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(place) as binary:
+            file = io.TextIOWrapper(binary, encoding="utf-8")
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+            file.detach()  # flushed, and left open for the one that syncs it
     except OSError as error:
         raise ArgumentError(
             f"the file cannot be written: {error.strerror or error}",
             where=f"--output {path}",
             fix="Choose another place, or free some space.",
         ) from error
-    finally:
-        if not special:
-            new.unlink(missing_ok=True)
 
 
 def _is_special(path: Path) -> bool:

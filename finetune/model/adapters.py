@@ -7,8 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.errors import ArgumentError, CheckpointError, Fault
-from finetune.files import nearest
+from finetune.errors import ArgumentError, CheckpointError, Fault, did_you_mean
 from finetune.model.convert import PROJECTIONS
 
 VARIANTS = ("lora", "rslora", "lora_plus", "pissa")
@@ -65,7 +64,7 @@ def target_names(settings: LoraSettings, names: Iterable[str]) -> list[str]:
         return names
     targets = (targets,) if isinstance(targets, str) else targets
     faults = [
-        Fault(f"no module is called {target!r}", "lora.target_modules", nearest(target, PROJECTIONS) or _choice())
+        Fault(f"no module is called {target!r}", "lora.target_modules", did_you_mean(target, PROJECTIONS, _choice()))
         for target in targets
         if not any(_matches(name, target) for name in names)
     ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from finetune.errors import CheckpointError, Fault
-from finetune.files import nearest, read_json
+from finetune.errors import CheckpointError, Fault, did_you_mean
+from finetune.files import read_json
 
 # Name, default (transformers' and PaddleNLP's agree), smallest, largest. The bounds keep a hostile file from asking
 # for more than any Qwen2 needs; the tensors themselves are compared with these numbers before anything is built.
@@ -108,8 +108,8 @@ def _dtype(raw: dict, where: Path, faults: list[Fault]) -> str | None:
     value = raw.get("dtype") or raw.get("torch_dtype")  # transformers 5, transformers 4
     if value is None or value in DTYPES:
         return value
-    hint = nearest(str(value), DTYPES)
-    faults.append(Fault(f"dtype is {str(value)[:50]!r}", str(where), hint or f"One of {', '.join(DTYPES)}."))
+    fix = did_you_mean(str(value), DTYPES, f"One of {', '.join(DTYPES)}.")
+    faults.append(Fault(f"dtype is {str(value)[:50]!r}", str(where), fix))
     return None
 
 

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.errors import CheckpointError
-from finetune.files import nearest, read_json
+from finetune.errors import CheckpointError, did_you_mean
+from finetune.files import read_json
 from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
 from finetune.model.config import read_config
 from finetune.model.tensorfile import TensorFolder
@@ -100,13 +100,13 @@ def _looks_like_path(name: str) -> bool:
     return not _HUB_ID.fullmatch(name) or (parent != Path(".") and os.path.isdir(parent)) or name.startswith("outputs/")
 
 
-def _nearest_folder(folder: Path) -> str | None:
+def _nearest_folder(folder: Path) -> str:
     """A hint naming the sibling with the nearest name."""
     try:
         siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:
         return f"There is no folder {folder.parent} either."
-    return nearest(folder.name, siblings) or None
+    return did_you_mean(folder.name, siblings)
 
 
 def _download(hub_id: str) -> Path:
@@ -117,12 +117,12 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS))
     except RepositoryNotFoundError as error:
-        what, fix = "there is neither such a folder here nor such a model on the hub", nearest(hub_id, KNOWN_HUB_IDS)
-        fix = fix or "A private model needs HF_TOKEN to be set."
+        what = "there is neither such a folder here nor such a model on the hub"
+        fix = did_you_mean(hub_id, KNOWN_HUB_IDS, "A private model needs HF_TOKEN to be set.")
         raise CheckpointError(what, where=hub_id, fix=fix) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         what = "there is no such folder here, it is not in the hub cache, and the hub cannot be reached"
-        fix = f"Go online, or copy the model's folder here and name it.{' ' + nearest(hub_id, KNOWN_HUB_IDS)}".rstrip()
+        fix = did_you_mean(hub_id, KNOWN_HUB_IDS, "Go online, or copy the model's folder here and name it.")
         raise CheckpointError(what, where=hub_id, fix=fix) from error
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 
-from finetune.errors import ArgumentError, CheckpointError, Fault
-from finetune.files import nearest
+from finetune.errors import ArgumentError, CheckpointError, Fault, did_you_mean
 from finetune.model import convert
 from finetune.model.adapters import LoraSettings, target_names
 from finetune.model.config import DTYPES
@@ -131,7 +130,7 @@ def audit(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]
     faults = [Fault(f"tensor {name!r} is missing", where) for name in expected if name not in found]
     for name, shape in found.items():
         if name not in expected:
-            faults.append(Fault(f"tensor {name[:200]!r} is unexpected", where, nearest(name, expected) or None))
+            faults.append(Fault(f"tensor {name[:200]!r} is unexpected", where, did_you_mean(name, expected)))
         elif shape != expected[name]:
             want = list(expected[name])
             faults.append(Fault(f"tensor {name!r} has shape {list(shape)}, config.json asks for {want}", where))

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune.recipe.names import nearest, nearest_key, recipe_keys
+from finetune.errors import did_you_mean
+from finetune.recipe.names import nearest_key, recipe_keys
 from finetune.recipe.rules import clashes
 from finetune.recipe.schema import Recipe
 from finetune.recipe.tree import Path
@@ -170,18 +171,19 @@ def _explain(path: Path, kind: str, tree: dict[str, Any]) -> Finding:
     value = _value_at(tree, path)
     if value is None:
         return Finding(path, f"{name} has no value", f"It must be {right}.")
-    near = None
-    if isinstance(value, str):
-        choices = [str(c) for branch in (schema, *schema.get("anyOf", ())) for c in branch.get("enum", ())]
-        choices += [branch["const"] for branch in schema.get("anyOf", ()) if "const" in branch]
-        near = nearest(value, choices)
     found = show_value(value)
     if isinstance(value, str) and _takes(schema, "integer", "number"):
         found = f"the text {found}"
     numeric = isinstance(value, (bool, int, float)) and not _takes(schema, "integer", "number")
     if numeric and _takes(schema, "string") and "takes" not in schema:
         right += ", in quotes where YAML would read it as something else"
-    return Finding(path, f"{name} is {found}", f"It must be {right}." + (f" Did you mean {near}?" if near else ""))
+    return Finding(path, f"{name} is {found}", did_you_mean(str(value), _words(schema), f"It must be {right}."))
+
+
+def _words(schema: dict[str, Any]) -> list[str]:
+    """The words that a key takes."""
+    words = [str(c) for branch in (schema, *schema.get("anyOf", ())) for c in branch.get("enum", ())]
+    return words + [branch["const"] for branch in schema.get("anyOf", ()) if "const" in branch]
 
 
 def _takes(schema: dict[str, Any], *types: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import lru_cache
 
+from finetune.errors import nearest
 from finetune.recipe.schema import Recipe
 
 # What transformers, PEFT, TRL, PaddleNLP, LLaMA-Factory, axolotl, torchtune and ms-swift call our keys, or people do.
@@ -92,21 +92,13 @@ def nearest_key(section: str, key: str) -> str | None:
     >>> nearest_key("training", "learnig_rate"), nearest_key("", "lr"), nearest_key("", "lora_r")
     ('training.learning_rate', 'training.learning_rate', 'lora.rank')
     """
-    name = key.strip().lower().replace("-", "_").rpartition(".")[2][:100]
+    name = key.strip().lower().replace("-", "_").rpartition(".")[2]
     here = {own: f"{section}.{own}" if section else own for own in recipe_keys().get(section, ())}
     table = _by_name()
     for names in (here, table):
         if name in names:
             return names[name]
-    for names, cutoff in ((here, 0.6), (table, 0.75)):
-        found = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-        if found:
-            return names[found[0]]
+    for names in (here, table):
+        if near := nearest(name, names):
+            return names[near]
     return None
-
-
-def nearest(word: str, choices: list[str] | tuple[str, ...]) -> str | None:
-    """The choice nearest to a mistyped word; None when nothing is near."""
-    folded = {choice.lower(): choice for choice in choices}
-    found = difflib.get_close_matches(word.strip().lower()[:100], folded, n=1, cutoff=0.6)
-    return folded[found[0]] if found else None

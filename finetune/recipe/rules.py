@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune.compute.losses import LOSSES, LossOptions
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, did_you_mean
 from finetune.methods import METHODS
-from finetune.recipe.names import nearest
 from finetune.recipe.schema import QWEN2_LINEARS, DpoSection, Recipe
 from finetune.rows.formats import FORMATS
 
@@ -73,11 +72,10 @@ def _lora_rules(recipe: Recipe) -> Iterator[Clash]:
     if isinstance(lora.target_modules, list):
         for name in lora.target_modules:
             if name not in QWEN2_LINEARS:
-                near = nearest(name, QWEN2_LINEARS)
                 yield Clash(
                     ("lora.target_modules",),
                     f"lora.target_modules names {name!r}, which Qwen2 has not",
-                    (f"Did you mean {near}? " if near else "") + f"There are {', '.join(QWEN2_LINEARS)}.",
+                    did_you_mean(name, QWEN2_LINEARS, f"There are {', '.join(QWEN2_LINEARS)}."),
                 )
         if len(set(lora.target_modules)) < len(lora.target_modules):
             yield Clash(("lora.target_modules",), "lora.target_modules names a module twice", "Name each once.")

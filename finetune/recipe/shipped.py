@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
-from finetune.errors import ArgumentError, RecipeError
+from finetune.errors import ArgumentError, RecipeError, did_you_mean, nearest
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 
@@ -23,13 +22,12 @@ def shipped_recipe(name: str) -> Path:
     """The file of a shipped recipe.
 
     Raises:
-        ArgumentError: there is none of that name; the message has the nearest names.
+        ArgumentError: there is none of that name; the message has the nearest name.
     """
     recipes = shipped_recipes()
     key = name.removesuffix(".yaml")
     if key not in recipes:
-        near = difflib.get_close_matches(key, recipes, n=3, cutoff=0.4)
-        fix = f"Did you mean {' or '.join(near)}?" if near else "`finetune recipes list` names them all."
+        fix = did_you_mean(key, recipes) or "`finetune recipes list` names them all."
         raise ArgumentError(f"there is no shipped recipe {name!r}", where="NAME", fix=fix)
     return recipes[key]
 
@@ -85,10 +83,9 @@ def _fix_for_missing(text: str, file: Path, recipes: dict[str, Path]) -> str:
     if "=" in text:
         return "RECIPE comes first, then KEY=VALUE."
     try:
-        beside = {str(file.with_name(path.name)): path for path in file.parent.glob("*.y*ml")}
+        beside = [path.name for path in file.parent.glob("*.y*ml")]
     except OSError:
-        beside = {}
-    near = difflib.get_close_matches(text, [*beside, *recipes], n=1, cutoff=0.6)
-    near = near or difflib.get_close_matches(file.stem, recipes, n=1, cutoff=0.6)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return hint + "`finetune recipes list` names the shipped ones."
+        beside = []
+    if near := nearest(file.name, beside):
+        return f"Did you mean {file.with_name(near)}?"
+    return did_you_mean(file.name, recipes, "`finetune recipes list` names the shipped ones.")

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from finetune.files import json_text
+from finetune.files import json_text, replace_file
 
 PACKAGES = (
     "paddle-finetune",
@@ -108,13 +108,7 @@ def build_manifest(
 
 def write_manifest(path: str | Path, manifest: Mapping[str, Any]) -> None:
     """Write manifest.json whole: a reader sees the old file or the new one."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(json_text(manifest, sort_keys=False, allow_nan=False))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_file(Path(path), json_text(manifest, sort_keys=False, allow_nan=False))
 
 
 def installed_versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:

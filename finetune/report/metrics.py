@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from finetune.errors import DataError
+from finetune.files import replace_file
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -40,12 +40,7 @@ class MetricsWriter:
         kept: list[dict[str, Any]] = []
         if resume_at_step is not None:
             kept = [row for row in read_metrics(self.path) if row.get("step", 0) <= resume_at_step]
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(_line(row) for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
+        replace_file(self.path, "".join(_line(row) for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:

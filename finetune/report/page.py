@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from markupsafe import Markup
 
 from finetune.console import format_number, format_seconds
 from finetune.errors import DataError
+from finetune.files import replace_file
 from finetune.methods import METHODS
 from finetune.report.charts import Chart, draw, series
 from finetune.report.metrics import read_metrics
@@ -66,12 +66,7 @@ def write_report(run_folder: str | Path) -> Path:
     """
     page = render_report(read_run(Path(run_folder)))
     path = Path(run_folder) / "report.html"
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", errors="replace") as file:
-        file.write(page)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    replace_file(path, page)
     return path
 
 

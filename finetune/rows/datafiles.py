@@ -8,11 +8,10 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Protocol
 
-from finetune.errors import DataError
+from finetune.errors import DataError, nearest
 from finetune.files import hash_file
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
@@ -257,13 +256,12 @@ def _is_of(path: Path, split: str) -> bool:
 
 
 def _nearest(given: Path, base: Path | None) -> str:
-    """The fix for a path that is not there: files of a similar name, or what the folder holds."""
+    """The fix for a path that is not there: the file of the nearest name, or what the folder holds."""
     for folder in filter(None, (given.parent, base / given.parent if base else None)):
         if folder.is_dir():
             names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() or _is_data(entry))
-            near = get_close_matches(given.name, names, n=3, cutoff=0.5)
-            if near:
-                return f"Did you mean {' or '.join(str(folder / name) for name in near)}?"
+            if near := nearest(given.name, names):
+                return f"Did you mean {folder / near}?"
             if names:
                 return f"{folder} has {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}."
             return f"{folder} has no data files."

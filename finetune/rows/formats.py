@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from finetune.chat.messages import ROLES, Conversation, Preference
-from finetune.errors import DataError
+from finetune.errors import DataError, did_you_mean
 from finetune.methods import CONVERSATION, PREFERENCE
 
 FORMATS = {"messages": CONVERSATION, "alpaca": CONVERSATION, "sharegpt": CONVERSATION, "preference": PREFERENCE}
@@ -378,9 +377,7 @@ _PARSERS = {
 def _known_role(row: _Row, role: Any, known: tuple[str, ...], key: str) -> str:
     if isinstance(role, str) and role in known:
         return role
-    near = get_close_matches(str(role), known, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    row.fail(key, f"unknown role {role!r}", f"{hint}Known are {', '.join(known)}.")
+    row.fail(key, f"unknown role {role!r}", did_you_mean(str(role), known, f"Known are {', '.join(known)}."))
 
 
 def _parse_json(row: _Row, key: str, text: str) -> Any:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.chat.render import prompt_ids
-from finetune.errors import ArgumentError, CheckpointError, DataError
+from finetune.errors import ArgumentError, CheckpointError, DataError, did_you_mean
 from finetune.infer.engine import Request
 from finetune.infer.open import Opened
 from finetune.infer.prompts import check_characters
@@ -199,9 +198,8 @@ class RequestReader:
             raise ApiError(400, str(error)) from error
         for name in body.model_extra:
             if name not in _HARMLESS:
-                near = get_close_matches(name, form.model_fields, n=1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise ApiError(400, f"This server does not support the parameter {name}.{hint}", param=name)
+                said = f"This server does not support the parameter {name}. {did_you_mean(name, form.model_fields)}"
+                raise ApiError(400, said.rstrip(), param=name)
         if body.model != self.name:
             raise ApiError(
                 404,

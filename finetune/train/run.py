@@ -5,7 +5,6 @@ output_dir/ holds recipe.yaml, manifest.json, metrics.jsonl, report.html, checkp
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from datetime import datetime, timezone
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from finetune import console
 from finetune.errors import Fault, FinetuneError, StorageError, TrainingError, UserError
-from finetune.files import sync, write_fault
+from finetune.files import replace_file, write_fault
 from finetune.recipe.load import dump_recipe
 from finetune.report.manifest import build_manifest, write_manifest
 from finetune.report.metrics import MetricsWriter
@@ -193,10 +192,7 @@ def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:
 def _write_recipe(path: Path, recipe: Recipe) -> None:
     """Write the recipe that goes on with this run, whole: a reader sees the old file or the new one."""
     training = recipe.training.model_copy(update={"resume_from_checkpoint": "auto"})
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(dump_recipe(recipe.model_copy(update={"training": training})), encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
+    replace_file(path, dump_recipe(recipe.model_copy(update={"training": training})))
 
 
 def _report_is_old(output: Path) -> bool:

@@ -85,7 +85,7 @@ def test_raw_takes_the_text_as_it_is(tokenizer):
         ({"prompt": 3}, "key prompt"),
         ({"prompt": []}, "messages"),
         ({"messages": [ANSWER]}, "no message to answer"),
-        ({"messages": [{"role": "usr", "content": "x"}]}, "Did you mean 'user'"),
+        ({"messages": [{"role": "usr", "content": "x"}]}, "Did you mean user?"),
         ({"prompt": "word " * 600}, "512"),
         ({"prompt": "\ud800"}, "half of a character pair"),
     ],

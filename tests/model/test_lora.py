@@ -206,7 +206,7 @@ def test_target_modules(targets, count, lora, base, tiny_folder, tmp_path):
 
 
 def test_an_unknown_module_names_the_nearest(lora, base):
-    with pytest.raises(ArgumentError, match="Did you mean 'q_proj'"):
+    with pytest.raises(ArgumentError, match="Did you mean q_proj?"):
         lora.add_lora(base(), LoraSettings(target_modules=["q_prj"]))
     with pytest.raises(ArgumentError, match="all-linear"):
         lora.add_lora(base(), LoraSettings(target_modules=["lm_head"]))

@@ -100,7 +100,7 @@ def test_a_checkpoint_and_a_run(tiny_folder, tmp_path):
 
 def test_nothing_there_names_the_nearest(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "my-model")
-    assert "Did you mean 'my-model'?" in refused(tmp_path / "my-modle")
+    assert "Did you mean my-model?" in refused(tmp_path / "my-modle")
     assert "Did you mean" in refused(tmp_path)
     assert "Qwen/Qwen2-1.5B-Instruct" in refused("Qwen/Qwen2-1.5B-Instuct")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.recipe.names import _ALIASES, nearest, nearest_key, recipe_keys
+from finetune.recipe.names import _ALIASES, nearest_key, recipe_keys
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,6 @@ from finetune.recipe.names import _ALIASES, nearest, nearest_key, recipe_keys
 )
 def test_nearest_key(section, key, right):
     assert nearest_key(section, key) == right
-
-
-def test_nearest_word():
-    assert nearest("Sigmiod", ("sigmoid", "hinge")) == "sigmoid"
-    assert nearest("banana", ("sigmoid", "hinge")) is None
 
 
 def test_every_alias_leads_to_a_key_and_shadows_none():

@@ -139,7 +139,7 @@ def wrong(index: int, **changes) -> dict:
         ({"messages": "hi"}, "key messages", 'found a text ("hi")'),
         ({"messages": None}, "key messages", "found null"),
         ({"messages": ["hi"]}, "key messages[0]", 'found a text ("hi")'),
-        (wrong(1, role="asistant"), "key messages[1].role", "unknown role 'asistant'. Did you mean 'assistant'?"),
+        (wrong(1, role="asistant"), "key messages[1].role", "unknown role 'asistant'. Did you mean assistant?"),
         (wrong(1, role=["user"]), "key messages[1].role", "unknown role ['user']"),
         (wrong(1, role=...), "key messages[1].role", "the key is missing; the message has content"),
         (wrong(1, content=...), "key messages[1].content", "the key is missing; the message has role"),
@@ -170,7 +170,7 @@ def wrong(index: int, **changes) -> dict:
         ({"conversations": [{"from": "human"}]}, "key conversations[0].value", "the key is missing; the turn has from"),
         ({"conversations": [{"value": "q"}]}, "key conversations[0].from", "the key is missing"),
         ({"conversations": SAID}, "key conversations[0].from", 'go under "messages"'),
-        ({"conversations": turns(("gtp", "a"))}, "key conversations[0].from", "Did you mean 'gpt'?"),
+        ({"conversations": turns(("gtp", "a"))}, "key conversations[0].from", "Did you mean gpt?"),
         ({"conversations": turns(("human", None))}, "key conversations[0].value", "found null"),
         (
             {"conversations": turns(("function_call", "f()"))},

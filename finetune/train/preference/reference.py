@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +31,7 @@ from safetensors.numpy import load, save
 from finetune import console
 from finetune.compute.losses import LOSSES
 from finetune.errors import RecipeError
+from finetune.files import json_text, replace_file
 from finetune.model import convert
 from finetune.model.load import load_model, set_parameter
 from finetune.model.lora import adapter_disabled, lora_layers, merge_lora
@@ -308,14 +308,11 @@ class _Cache:
         return values
 
     def write(self, values: np.ndarray) -> None:
-        """Replace the cache, atomically."""
+        """Replace the cache. Values without the record that knows their hash do not count."""
         self.tensors.parent.mkdir(parents=True, exist_ok=True)
-        partial_tensors, partial_json = (p.with_name(f".{p.name}.partial") for p in (self.tensors, self.json))
         content = save({"chosen": values[:, 0].copy(), "rejected": values[:, 1].copy()})
-        partial_tensors.write_bytes(content)
-        partial_json.write_text(json.dumps(self._record(content), indent=2), encoding="utf-8")
-        os.replace(partial_tensors, self.tensors)
-        os.replace(partial_json, self.json)
+        replace_file(self.tensors, content)
+        replace_file(self.json, json_text(self._record(content), sort_keys=False))
 
     def _record(self, content: bytes) -> dict:
         return self.record | {"sha256": hashlib.sha256(content).hexdigest()}

@@ -1,4 +1,4 @@
-# Needs Python 3.10, 3.11 or 3.12 and make; everything else is installed into .venv. `make help` lists the commands.
+# Needs Python 3.10 to 3.13 and make; everything else is installed into .venv. `make help` lists the commands.
 
 VENV := .venv
 REFERENCE := .venv-reference
@@ -9,9 +9,8 @@ DOCS_READY := $(DOCS)/.ready
 
 # Another one: make demo PYTHON=/path/to/python3.12
 PYTHON ?=
-CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.10 python3)
-IS_USABLE = import ensurepip, sys, venv; sys.exit(not (3, $(1)) <= sys.version_info < (3, 13))
-PIP := -m pip install --disable-pip-version-check --no-input --use-pep517
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.10 python3)
+IS_USABLE = import ensurepip, sys, venv; sys.exit(not (3, $(1)) <= sys.version_info < (3, 14))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test soak parity bench docs clean
@@ -45,8 +44,16 @@ install: $(READY)
 demo: $(READY)
 	@$(VENV)/bin/python -m finetune.quickstart
 
+check: $(READY)
+	@$(VENV)/bin/python -m ruff check
+	@$(VENV)/bin/python -m ruff format --check
+	@$(VENV)/bin/python -m mypy
+
+quick: $(READY)
+	@$(VENV)/bin/python -m pytest $(QUICK)
+
 test: $(READY)
-	@$(VENV)/bin/python -m pytest tests --ignore=tests/parity
+	@$(VENV)/bin/python -m pytest tests --ignore=tests/parity --cov
 
 soak: $(READY)
 	@$(VENV)/bin/python -m pytest tests/soak
@@ -65,36 +72,29 @@ clean:
 	rm -rf $(VENV) $(REFERENCE) $(DOCS) site build dist *.egg-info .hypothesis
 	find finetune tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
-# $(1) folder, $(2) what pip installs, $(3) least Python, 3.x. pip's output goes to a file, shown if it fails.
+# $(1) folder, $(2) the install commands' words, each in quotes, $(3) least Python, 3.x.
 define environment
 	@set -e; python=''; \
 	for candidate in $(CANDIDATES); do \
 	    if "$$candidate" -c '$(call IS_USABLE,$(3))' 2>/dev/null; then python="$$candidate"; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo 'Python 3.$(3) to 3.12 with its venv module is needed; none of these is one: $(CANDIDATES)' >&2; \
+	    echo 'Python 3.$(3) to 3.13 with its venv module is needed; none of these is one: $(CANDIDATES)' >&2; \
 	    echo 'Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name one:' >&2; \
 	    echo 'make PYTHON=/path/to/python3.11' >&2; \
 	    exit 2; \
 	fi; \
-	echo "Making $(1) with $$("$$python" --version)"; \
-	"$$python" -m venv --clear $(1); \
-	echo "Installing the pinned packages into $(1) (a few minutes the first time)"; \
-	if ! $(1)/bin/python $(PIP) $(2) >$(1)/install.log 2>&1 </dev/null; then \
-	    tail -n 20 $(1)/install.log >&2; \
-	    echo 'The installation failed; all of its output is in $(1)/install.log. To retry, run the same command again.' >&2; \
-	    exit 1; \
-	fi; \
-	$(1)/bin/python -c 'import sys; open("$(1)/.ready", "w").write(sys.prefix)'
+	"$$python" tools/environment.py $(1) $(2)
 endef
 
+# paddlenlp's pin of numpy keeps it out of pyproject.toml on Python 3.13; elsewhere the second command finds it there.
 $(READY): pyproject.toml constraints.txt
-	$(call environment,$(VENV),-c constraints.txt -e '.[cpu$(comma)dev]',10)
+	$(call environment,$(VENV),'-c constraints.txt -e .[cpu$(comma)dev]' '-c constraints.txt --no-deps paddlenlp',10)
 
 $(REFERENCE_READY): tests/parity/requirements.txt
-	$(call environment,$(REFERENCE),-r tests/parity/requirements.txt,11)
+	$(call environment,$(REFERENCE),'-r tests/parity/requirements.txt',11)
 
 $(DOCS_READY): docs/requirements.txt
-	$(call environment,$(DOCS),-r docs/requirements.txt,10)
+	$(call environment,$(DOCS),'-r docs/requirements.txt',10)
 
 comma := ,

@@ -480,7 +480,9 @@ def _describe(error: Exception) -> str:
         many = len(error.faults) > 1
         return "\n  ".join([f"{len(error.faults)} things are wrong", *lines]) if many else str(error)
     if isinstance(error, ModuleNotFoundError) and error.name in ("paddle", "paddlenlp"):
-        return f"{error.name} is not installed. Run `pip install paddle-finetune[cpu]`, then `finetune doctor`."
+        from finetune.doctor import how_to_install
+
+        return f"{error.name} is not installed. Run {how_to_install(sys.version_info[:2])}, then `finetune doctor`."
     if isinstance(error, MemoryError):
         return "out of memory. Lower data.max_length or the batch size."
     if isinstance(error, OSError) and error.strerror:

@@ -20,7 +20,7 @@ PADDLE_VERSION = "3.3.1"
 PADDLENLP_VERSION = "3.0.0b4"
 HUB = "https://huggingface.co"
 _PADDLE_INDEX = "https://www.paddlepaddle.org.cn/packages/stable/cu126/"
-_INSTALL = f"Run `pip install paddle-finetune[cpu]`, or put in paddlepaddle-gpu {PADDLE_VERSION} from {_PADDLE_INDEX}"
+_PIN_OF_NUMPY_ENDS = (3, 13)  # from this Python on paddlenlp's numpy has no wheel, and it is installed past its pin
 
 # The paths of this process and not the current folder, which `python -c` would put first: it may be a stranger's model
 # with a json.py in it.
@@ -38,6 +38,17 @@ print("PROBE" + json.dumps({
 }))
 """
 )
+
+
+def how_to_install(python: tuple[int, ...]) -> str:
+    """The command or the two that install paddle and paddlenlp for a version of Python, within a sentence."""
+    second = f" and `pip install --no-deps paddlenlp=={PADDLENLP_VERSION}`" if python >= _PIN_OF_NUMPY_ENDS else ""
+    return f"`pip install paddle-finetune[cpu]`{second}"
+
+
+def _install_or_gpu() -> str:
+    install = how_to_install(sys.version_info[:2])
+    return f"Run {install}, or put in paddlepaddle-gpu {PADDLE_VERSION} from {_PADDLE_INDEX}"
 
 
 @dataclass(frozen=True)
@@ -90,10 +101,10 @@ def _checks(network: bool) -> Iterator[Check]:
 
 
 def check_python(version: tuple[int, ...], system: str, machine: str) -> Check:
-    """Python 3.10 to 3.12 on Linux x86-64, where paddle has wheels that were tried."""
+    """Python 3.10 to 3.13 on Linux x86-64, where paddle has wheels that were tried."""
     found = f"{'.'.join(map(str, version))} on {system} {machine}"
-    if not (3, 10) <= version[:2] <= (3, 12):
-        return Check("python", "fail", found, "Make the environment with Python 3.10, 3.11 or 3.12.")
+    if not (3, 10) <= version[:2] <= (3, 13):
+        return Check("python", "fail", found, "Make the environment with Python 3.10, 3.11, 3.12 or 3.13.")
     if (system, machine) != ("Linux", "x86_64"):
         return Check("python", "note", found, "Only Linux on x86-64 is tested.")
     return Check("python", "ok", found)
@@ -116,7 +127,7 @@ def check_packages(versions: dict[str, str]) -> Iterator[Check]:
     paddles = [name for name in ("paddlepaddle", "paddlepaddle-gpu") if name in versions]
     shown = ", ".join(f"{name} {versions[name]}" for name in (*paddles, "paddlenlp") if name in versions) or "nothing"
     if not paddles or "paddlenlp" not in versions:
-        yield Check("versions", "fail", f"{shown} installed", _INSTALL)
+        yield Check("versions", "fail", f"{shown} installed", _install_or_gpu())
     elif len(paddles) == 2:
         fix = "Both write the same files: `pip uninstall -y paddlepaddle paddlepaddle-gpu`, then install one of them."
         yield Check("versions", "fail", shown, fix)
@@ -182,9 +193,9 @@ def list_gpus() -> list[str] | None:
 def check_paddle(probe: dict | str, gpus: list[str] | None, versions: dict[str, str]) -> Iterator[Check]:
     """Whether paddle starts, and whether its build fits the GPUs there are."""
     if isinstance(probe, str):
-        yield Check("paddle", "fail", f"does not start: {probe}", _INSTALL)
+        yield Check("paddle", "fail", f"does not start: {probe}", _install_or_gpu())
     elif probe["sum"] != 8.0:
-        yield Check("paddle", "fail", f"multiplies wrongly: {probe['sum']} for 8", _INSTALL)
+        yield Check("paddle", "fail", f"multiplies wrongly: {probe['sum']} for 8", _install_or_gpu())
     else:
         yield Check("paddle", "ok", f"{probe['version']} starts, {'CUDA' if probe['cuda'] else 'CPU'} build")
     devices = 0 if isinstance(probe, str) else probe["devices"]

@@ -28,10 +28,16 @@ def _states(checks) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("version", "state"),
-    [((3, 9, 1), "fail"), ((3, 10, 0), "ok"), ((3, 12, 9), "ok"), ((3, 13, 0), "fail")],
+    [((3, 9, 1), "fail"), ((3, 10, 0), "ok"), ((3, 13, 9), "ok"), ((3, 14, 0), "fail")],
 )
 def test_python_version(version, state):
     assert doctor.check_python(version, "Linux", "x86_64").state == state
+
+
+def test_from_python_3_13_on_paddlenlp_is_installed_past_its_pin():
+    assert doctor.how_to_install((3, 12)) == "`pip install paddle-finetune[cpu]`"
+    second = "`pip install --no-deps paddlenlp==3.0.0b4`"
+    assert doctor.how_to_install((3, 13)) == f"`pip install paddle-finetune[cpu]` and {second}"
 
 
 def test_other_platforms_are_noted():

@@ -46,11 +46,18 @@ def _run(package: ModuleType) -> None:
 
 
 def defer_paddlenlp() -> None:
-    """Put `paddlenlp` and `paddlenlp.peft` in place, and load the model and LoRA. Nothing, where they are imported."""
+    """Put `paddlenlp` and `paddlenlp.peft` in place, and load the model and LoRA. Nothing, where they are imported.
+
+    Raises:
+        ModuleNotFoundError: paddlenlp is not installed.
+    """
     if "paddlenlp" in sys.modules:
         return
     for name in _PACKAGES:
-        package = importlib.util.module_from_spec(importlib.util.find_spec(name))
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        package = importlib.util.module_from_spec(spec)
         sys.modules[name] = package
         parent, _, child = name.rpartition(".")
         if parent:

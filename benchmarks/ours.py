@@ -73,7 +73,7 @@ def prepare(job: dict) -> None:
     watch = Stopwatch()
     prepared = prepare_run(recipe, 1, 0)
     spent = watch.read()
-    counts = {"rows": len(prepared.train), "targets": int(prepared.train.num_supervised.sum())}
+    counts = {"rows": len(prepared.train.rows), "targets": int(prepared.train.rows.num_supervised.sum())}
     _finish(job, spent=spent, **counts)
 
 

@@ -26,6 +26,11 @@ class Example:
     source: str
 
     @property
+    def wanted(self) -> Example:
+        """The conversation as the model should continue it: this one."""
+        return self
+
+    @property
     def num_supervised(self) -> int:
         return int(np.count_nonzero(self.labels != IGNORE))
 
@@ -48,6 +53,11 @@ class PairExample:
     rejected: Example
     header_length: int
     source: str
+
+    @property
+    def wanted(self) -> Example:
+        """The conversation as the model should continue it."""
+        return self.chosen
 
 
 def shared_prompt_length(chosen: Example, rejected: Example) -> int:

@@ -29,9 +29,14 @@ _BATCH = 1024
 class DataSettings(Protocol):
     """What is needed of the recipe's data section."""
 
-    max_length: int
-    overlong: str
-    train_on: str
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def overlong(self) -> str: ...
+
+    @property
+    def train_on(self) -> str: ...
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,12 @@
-"""Which rows make up each optimizer step, and rows to padded arrays.
-
-Pure functions: a step number is enough to resume.
-"""
+"""Which rows make up each optimizer step. Pure functions: a step number is enough to resume."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -160,8 +157,31 @@ class Step:
     failed: bool = False
 
 
+class Plan(Protocol):
+    """The steps of a run.
+
+    Attributes:
+        may_fail: Whether a step can come up short of rows, see `Step.failed`.
+    """
+
+    may_fail: ClassVar[bool]
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run."""
+        ...
+
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """All steps from `start` on."""
+        ...
+
+    def put_back(self) -> None:
+        """Take back the last step: it is not made, although this rank had rows for it."""
+        ...
+
+
 @dataclass(frozen=True)
-class Plan:
+class EpochPlan:
     """The whole run as a function of the step number.
 
     Each epoch goes through all rows once. A step takes batch_size * accumulation * world_size rows, which come in
@@ -174,7 +194,6 @@ class Plan:
         batch_size: Rows of a micro-batch on one rank.
         accumulation: Micro-batches of a step.
         total_steps: Length of the run.
-        may_fail: Whether a step can come up short of rows, see `Step.failed`.
     """
 
     n: int
@@ -189,11 +208,17 @@ class Plan:
 
     @property
     def rows_per_step(self) -> int:
+        """Of all ranks."""
         return self.batch_size * self.accumulation * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps that go through all rows once."""
         return -(-self.n // self.rows_per_step)
+
+    def of_ranks(self) -> list[EpochPlan]:
+        """The same run as each rank has it."""
+        return [replace(self, rank=rank) for rank in range(self.world_size)]
 
     def step(self, number: int) -> Step:
         """The rows of optimizer step `number`, from 0."""
@@ -202,12 +227,15 @@ class Plan:
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """All steps from `start` on; resuming is `plan.steps(step)`."""
-        order, shuffled = None, -1
+        order, shuffled = np.zeros(0, np.int64), -1
         for number in range(start, self.total_steps):
             epoch, within = divmod(number, self.steps_per_epoch)
             if epoch != shuffled:
                 order, shuffled = epoch_order(self.n, self.seed, epoch, self.shuffle), epoch
             yield self._step(number, epoch, within, order)
+
+    def put_back(self) -> None:
+        """Nothing is used up."""
 
     def _step(self, number: int, epoch: int, within: int, order: np.ndarray) -> Step:
         rows = order[within * self.rows_per_step : (within + 1) * self.rows_per_step]
@@ -228,7 +256,7 @@ def plan_steps(
     shuffle: bool = True,
     world_size: int = 1,
     rank: int = 0,
-) -> Plan:
+) -> EpochPlan:
     """Plan a run of max_steps optimizer steps, or of so many epochs (rounded up to a whole step).
 
     Raises:
@@ -238,8 +266,8 @@ def plan_steps(
         raise ValueError("there are no rows")
     if (max_steps is None) == (epochs is None):
         raise ValueError("give either max_steps or epochs")
-    plan = Plan(n, batch_size, accumulation, max_steps or 0, seed, shuffle, world_size, rank)
+    plan = EpochPlan(n, batch_size, accumulation, max_steps or 0, seed, shuffle, world_size, rank)
     if epochs is None:
         return plan
     total = max(1, math.ceil(round(epochs * plan.steps_per_epoch, 6)))
-    return Plan(n, batch_size, accumulation, total, seed, shuffle, world_size, rank)
+    return replace(plan, total_steps=total)

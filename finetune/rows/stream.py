@@ -366,7 +366,7 @@ class StreamPacks:
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """A run over a stream: each step takes the next units of each rank's share; see `batches.Plan`."""
+    """A run over a stream: each step takes the next units of each rank's share; see `plan.Plan`."""
 
     stream: RowStream
     batch_size: int

@@ -114,6 +114,8 @@ def write_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)  # before the free space is told
         needed = model_bytes + sum(array.nbytes for array in [*optimizer.values(), *extra.values()])
         cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
         fix = "Earlier checkpoints are intact: make room, or lower training.save_total_limit, then run the same command"
         fix += " again, with training.resume_from_checkpoint=auto (the default)."
         raise write_fault(cause, final, needed=needed, fix=fix) from error
@@ -169,8 +171,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     record = read_json(complete)
     try:
         step, files = record["step"], record["files"]
-        good = _record(int(step), {name: [int(size), str(sha)] for name, (size, sha) in files.items()})
-        good = good.encode() == complete.read_bytes()
+        written = _record(int(step), {name: [int(size), str(sha)] for name, (size, sha) in files.items()})
+        good = written.encode() == complete.read_bytes()
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         good = False
     if not good:

@@ -26,6 +26,7 @@ from finetune.model.runtime import paddle as _bring_up
 from finetune.rows.plan import Plan, Step
 from finetune.train.optimizer import NamedAdamW
 from finetune.train.processes.parallel import World
+from finetune.train.task import Batch, Evaluation, Task
 
 _bring_up()
 import paddle  # noqa: E402
@@ -75,23 +76,23 @@ class RunState:
 
 def train_loop(
     *,
-    task: Any,
-    eval_task: Any | None,
+    task: Task[Batch],
+    evaluation: Evaluation[Batch] | None,
     plan: Plan,
     optimizer: NamedAdamW,
     learning_rate: Callable[[int], float],
     training: TrainingSection,
     world: World,
     state: RunState,
-    log: Callable[[dict], None],
+    log: Callable[[dict[str, Any]], None],
     save: Callable[[], None],
     rotate: Callable[[], None],
 ) -> str:
     """Run optimizer steps from `state.step` to the end of the plan.
 
     Args:
-        task: Turns unit indices into a micro-batch and its loss (SftTask, DpoTask).
-        eval_task: The same over the evaluation rows, or None.
+        task: Turns unit indices into a micro-batch and its loss.
+        evaluation: The same over the evaluation rows, or None.
         plan: Which units make up each step of this rank.
         optimizer: Holds the trainable parameters.
         learning_rate: Rate of a 0-based step.
@@ -136,15 +137,15 @@ def train_loop(
                 state.interval = Interval()
             bar.advance(1)
             saved = False
-            if eval_task is not None and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
-                improved = _evaluate_and_judge(eval_task, training, world, state, log)
+            if evaluation is not None and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
+                improved = _evaluate_and_judge(evaluation, world, state, log)
                 if improved and training.load_best_model_at_end:
                     save()
                     saved = True
                 task.model.train()
             stopping = world.all_sum([float(stop.is_set())])[0] > 0
             out_of_patience = _out_of_patience(state, training)
-            due = training.save_steps and state.step % training.save_steps == 0
+            due = state.step % training.save_steps == 0
             if not saved and (due or stopping or out_of_patience or last):
                 save()
                 saved = True
@@ -158,18 +159,26 @@ def train_loop(
 
 def _out_of_patience(state: RunState, training: TrainingSection) -> bool:
     """Whether enough evaluations in a row brought nothing."""
-    return bool(training.early_stopping_patience) and state.evals_without_gain >= training.early_stopping_patience
+    patience = training.early_stopping_patience
+    return patience is not None and state.evals_without_gain >= patience
 
 
-def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[dict[str, float], int]:
+def _step(
+    task: Task[Batch],
+    step: Step,
+    optimizer: NamedAdamW,
+    learning_rate: Callable[[int], float],
+    training: TrainingSection,
+    world: World,
+) -> tuple[dict[str, float], int]:
     """One optimizer step. Returns metrics (means over the step, all ranks) and the tokens of all ranks."""
-    units = [batch for batch in step.batches if len(batch)]
+    units = [batch.tolist() for batch in step.batches if len(batch)]
     layouts = [task.layout(micro) for micro in units]
     counts = world.all_sum([sum(map(task.weight, layouts)), sum(layout.num_tokens for layout in layouts)])
     denominator, tokens = counts[0], int(counts[1])
     task.begin_step(layouts, world)
     sums: dict[str, float] = {}
-    odd: list[Any] = []
+    odd: list[list[int]] = []
     for index, layout in enumerate(layouts):
         paddle.seed(step_seed(training.seed, step.number, index, world.rank))
         loss, parts = task.loss(layout, denominator)
@@ -196,7 +205,7 @@ def _step(task, step: Step, optimizer, learning_rate, training, world) -> tuple[
     return metrics, tokens
 
 
-def _rows_to_look_at(task, units: list, odd: list, world: World) -> list[str]:
+def _rows_to_look_at(task: Task[Batch], units: list[list[int]], odd: list[list[int]], world: World) -> list[str]:
     """Where the rows of micro-batches come from that gave a loss that is not finite; of all where every one did not.
 
     Args:
@@ -214,7 +223,9 @@ def step_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1)[0] & 0x7FFFFFFF)
 
 
-def _row(state: RunState, step: Step, learning_rate, metrics: dict[str, float]) -> dict:
+def _row(
+    state: RunState, step: Step, learning_rate: Callable[[int], float], metrics: dict[str, float]
+) -> dict[str, Any]:
     interval = state.interval
     row: dict[str, Any] = {"step": state.step, "epoch": step.epoch_end}
     row |= {key: value / interval.steps for key, value in interval.metrics.items() if key != "grad_norm"}
@@ -226,9 +237,11 @@ def _row(state: RunState, step: Step, learning_rate, metrics: dict[str, float]) 
     return row
 
 
-def _evaluate_and_judge(eval_task, training, world, state: RunState, log) -> bool:
+def _evaluate_and_judge(
+    evaluation: Evaluation[Batch], world: World, state: RunState, log: Callable[[dict[str, Any]], None]
+) -> bool:
     """Evaluate, log, and say whether this is the best loss so far."""
-    metrics = evaluate(eval_task, training, world)
+    metrics = evaluate(evaluation, world)
     log({"step": state.step} | metrics)
     loss = metrics["eval_loss"]
     if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
@@ -238,16 +251,14 @@ def _evaluate_and_judge(eval_task, training, world, state: RunState, log) -> boo
     return False
 
 
-def evaluate(task, training: TrainingSection, world: World) -> dict[str, float]:
+def evaluate(evaluation: Evaluation[Batch], world: World) -> dict[str, float]:
     """Means over the whole evaluation set, each name prefixed by `eval_`."""
+    task = evaluation.task
     task.model.eval()
-    size = training.per_device_eval_batch_size or training.per_device_train_batch_size
-    units = list(range(world.rank, len(task.packs), world.size))
-    batches = [units[i : i + size] for i in range(0, len(units), size)]
     sums: dict[str, float] = {}
-    weight = 0
-    with paddle.no_grad(), progress(len(batches), "evaluate", unit="batch") as bar:
-        for batch in batches:
+    weight = 0.0
+    with paddle.no_grad(), progress(len(evaluation.batches), "evaluate", unit="batch") as bar:
+        for batch in evaluation.batches:
             layout = task.layout(batch)
             weight += task.weight(layout)
             for key, value in task.loss(layout, 1.0)[1].items():
@@ -267,7 +278,7 @@ def _stop_requests(world: World) -> Iterator[threading.Event]:
         yield event
         return
 
-    def ask(signum, frame):
+    def ask(signum: int, frame: Any) -> None:
         if event.is_set():
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
 from finetune import console
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError
+from finetune.methods import METHODS
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.rows.dataset import DataReport, build_dataset
 from finetune.rows.encode import Settings
-from finetune.rows.plan import Packs, Plan, pack, plan_steps
+from finetune.rows.plan import EpochPlan, Packs, Plan, pack, plan_steps
 from finetune.rows.stream import RowStream, StreamPacks, StreamPlan, StreamSettings
 from finetune.rows.table import split_dataset
 from finetune.train.estimate import Estimate, estimate
@@ -21,9 +23,25 @@ from finetune.train.processes.launch import has_gpu
 from finetune.train.schedule import warmup_steps_of
 
 if TYPE_CHECKING:
-    from finetune.recipe.schema import Recipe
+    from finetune.recipe.schema import Recipe, Source
 
 _FIRST_ROWS = 3
+P = TypeVar("P", Packs, StreamPacks, covariant=True)
+
+
+@dataclass(frozen=True)
+class RowSet(Generic[P]):
+    """Rows that are trained or evaluated on.
+
+    Attributes:
+        rows: Tokenized, by number.
+        report: What became of those that were read.
+        packs: The rows of each sequence that the model sees.
+    """
+
+    rows: Any
+    report: DataReport
+    packs: P
 
 
 @dataclass(frozen=True)
@@ -34,30 +52,24 @@ class Prepared:
         recipe: What to do.
         source: The base model.
         tokenizer: Its tokenizer and chat template.
-        train, eval: Tokenized rows; eval is None without evaluation.
-        train_report, eval_report: What became of the rows.
-        packs, eval_packs: Row indices of each sequence the model sees.
+        train, eval: What is trained and evaluated on; eval is None without evaluation.
         plan: Which packs make up each step of this rank.
         world_size: Processes.
         estimate: Parameters and memory.
-        stream: Where rows are tokenized as the run goes, the same object as `train`; None where they were before.
-        first_rows: For a stream, a few rows of its beginning, tokenized.
+        first_rows: Training rows to show something with: all, or those that a stream begins with.
+        stream: Where rows are tokenized as the run goes, the same object as `train.rows`; None where they were before.
     """
 
     recipe: Recipe
     source: ModelSource
     tokenizer: Tokenizer
-    train: Any
-    train_report: DataReport
-    packs: Packs | StreamPacks
-    eval: Any | None
-    eval_report: DataReport | None
-    eval_packs: Packs
-    plan: Plan | StreamPlan
+    train: RowSet[Packs] | RowSet[StreamPacks]
+    eval: RowSet[Packs] | None
+    plan: Plan
     world_size: int
     estimate: Estimate
+    first_rows: Any
     stream: RowStream | None = None
-    first_rows: Any | None = None
 
     @property
     def sharding_degree(self) -> int:
@@ -85,12 +97,10 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
     if data.streaming:
         return _prepare_stream(recipe, source, tokenizer, world_size, rank)
     train, report = _build(recipe, tokenizer, data.train, "read training rows")
-    held_out, held_out_report = None, None
-    if data.eval:
-        held_out, held_out_report = _build(recipe, tokenizer, data.eval, "read evaluation rows")
-    elif data.eval_fraction:
-        train, held_out = split_dataset(train, data.eval_fraction, training.seed)
-        held_out_report = _share(report, held_out, notes=[])
+    held_out = _evaluation_rows(recipe, tokenizer)
+    if data.eval_fraction:
+        train, rows = split_dataset(train, data.eval_fraction, training.seed)
+        held_out = RowSet(rows, _share(report, rows, notes=[]), _packs(rows, recipe))
         report = _share(report, train, notes=report.notes)
     packs = _packs(train, recipe)
     plan = plan_steps(
@@ -108,12 +118,9 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
         recipe=recipe,
         source=source,
         tokenizer=tokenizer,
-        train=train,
-        train_report=report,
-        packs=packs,
+        train=RowSet(train, report, packs),
         eval=held_out,
-        eval_report=held_out_report,
-        eval_packs=_packs(held_out, recipe) if held_out is not None else Packs.single(0),
+        first_rows=train,
         plan=plan,
         world_size=world_size,
         estimate=_estimate(
@@ -126,9 +133,23 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
     )
 
 
+def _evaluation_rows(recipe: Recipe, tokenizer: Tokenizer) -> RowSet[Packs] | None:
+    """The rows of data.eval; None where it names none."""
+    if not recipe.data.eval:
+        return None
+    rows, report = _build(recipe, tokenizer, recipe.data.eval, "read evaluation rows")
+    return RowSet(rows, report, _packs(rows, recipe))
+
+
 def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, world_size: int, rank: int) -> Prepared:
-    """The same where rows are tokenized as the run goes: only the first few are looked at here."""
+    """The same where rows are tokenized as the run goes: only the first few are looked at here.
+
+    Raises:
+        ValueError: training.max_steps is not set, which the recipe's rules ask for.
+    """
     data, training = recipe.data, recipe.training
+    if training.max_steps is None:
+        raise ValueError("the length of a stream is not known, so training.max_steps must be")
     first, _ = build_dataset(data.train, tokenizer, data=data, method=recipe.method, limit=_FIRST_ROWS)
     stream = RowStream(
         data.train,
@@ -141,31 +162,25 @@ def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, w
             share=(rank, world_size),
         ),
     )
-    held_out, held_out_report = None, None
-    if data.eval:
-        held_out, held_out_report = _build(recipe, tokenizer, data.eval, "read evaluation rows")
+    held_out = _evaluation_rows(recipe, tokenizer)
     size = training.per_device_train_batch_size
     plan = StreamPlan(stream, size, training.gradient_accumulation_steps, training.max_steps)
     return Prepared(
         recipe=recipe,
         source=source,
         tokenizer=tokenizer,
-        train=stream,
-        train_report=stream.report,
-        packs=StreamPacks(stream),
+        train=RowSet(stream, stream.report, StreamPacks(stream)),
         eval=held_out,
-        eval_report=held_out_report,
-        eval_packs=_packs(held_out, recipe) if held_out is not None else Packs.single(0),
+        first_rows=first,
         plan=plan,
         world_size=world_size,
         # Lengths are not known: the most that can come.
         estimate=_estimate(recipe, source, world_size, tokens=size * _room(recipe), length=data.max_length),
         stream=stream,
-        first_rows=first,
     )
 
 
-def _build(recipe: Recipe, tokenizer: Tokenizer, sources, title: str):
+def _build(recipe: Recipe, tokenizer: Tokenizer, sources: Sequence[Source], title: str) -> tuple[Any, DataReport]:
     with console.progress(None, title, unit="row") as bar:
 
         def advance(rows: int, total: int | None) -> None:
@@ -182,14 +197,15 @@ def _share(report: DataReport, part: Any, notes: list[str]) -> DataReport:
 
 
 def _packs(dataset: Any, recipe: Recipe) -> Packs:
-    """Units of the data order. A pair is prompt, chosen and rejected long, so packs of pairs get twice the room."""
+    """Units of the data order."""
     if not recipe.data.packing:
         return Packs.single(len(dataset))
     return pack(dataset.lengths, _room(recipe))
 
 
 def _room(recipe: Recipe) -> int:
-    return recipe.data.max_length * (2 if recipe.method == "dpo" else 1)
+    """Tokens of a pack. A pair is prompt, chosen and rejected long, so packs of pairs get twice the room."""
+    return recipe.data.max_length * METHODS[recipe.method].rows.sides
 
 
 def _largest_batch(dataset: Any, packs: Packs, size: int) -> int:
@@ -248,28 +264,26 @@ def _sharding_degree(recipe: Recipe, world_size: int) -> int:
 
 def describe(prepared: Prepared, resumed_at: int = 0) -> None:
     """Print what the run will do, and what of the data was cut or left out."""
-    recipe, report, plan, size = prepared.recipe, prepared.train_report, prepared.plan, prepared.estimate
+    recipe, report, plan, size = prepared.recipe, prepared.train.report, prepared.plan, prepared.estimate
     training = recipe.training
     per_step = f"{training.per_device_train_batch_size} rows x {training.gradient_accumulation_steps} micro-batches" + (
         f" x {prepared.world_size} processes" if prepared.world_size > 1 else ""
     )
     share = 100 * size.trainable / (size.parameters + (size.trainable if recipe.lora else 0))
-    stream = prepared.stream is not None
-    steps = f"{plan.total_steps:,}"
-    if not stream:
-        steps += f" ({plan.total_steps / plan.steps_per_epoch:.2f} epochs)"
+    known = plan if isinstance(plan, EpochPlan) else None
+    steps = f"{plan.total_steps:,}" + (f" ({plan.total_steps / known.steps_per_epoch:.2f} epochs)" if known else "")
     console.table(
         f"{recipe.method.upper()} of {recipe.model.path}",
         [
             ("tuning", _tuning(recipe)),
             ("trainable parameters", f"{size.trainable:,} of {size.parameters:,} ({share:.2f} %)"),
-            ("rows", "streamed: tokenized as the run goes" if stream else _rows(report)),
-            ("packed into", f"{len(prepared.packs):,} sequences" if recipe.data.packing and not stream else None),
+            ("rows", _rows(report) if known else "streamed: tokenized as the run goes"),
+            ("packed into", f"{known.n:,} sequences" if known and recipe.data.packing else None),
             (
                 "tokens per epoch",
-                None if stream else f"{report.tokens:,}, {report.supervised_tokens:,} of them trained on",
+                f"{report.tokens:,}, {report.supervised_tokens:,} of them trained on" if known else None,
             ),
-            ("evaluation rows", None if prepared.eval is None else len(prepared.eval)),
+            ("evaluation rows", None if prepared.eval is None else len(prepared.eval.rows)),
             ("steps", f"{steps}, {per_step}"),
             ("resumed after step", resumed_at or None),
             (
@@ -279,7 +293,7 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
             ("output", training.output_dir),
         ],
     )
-    for note in report.notes + (prepared.eval_report.notes if prepared.eval_report else []):
+    for note in report.notes + (prepared.eval.report.notes if prepared.eval else []):
         console.warn(note)
 
 

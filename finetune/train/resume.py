@@ -74,7 +74,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
             flat.pop(key, None)
     kept = {k: v for k, v in flat.items() if k not in _FREE}
     # A stream's files have no hash: what of them was used is compared as it is read again (finetune/rows/stream.py).
-    kept["data.train"] = _contents(flat["data.train"], prepared.train_report)
+    kept["data.train"] = _contents(flat["data.train"], prepared.train.report)
     kept["model"] = _model_digest(prepared.source)
     kept["processes"] = prepared.world_size
     return json.loads(json.dumps(kept))
@@ -88,10 +88,11 @@ def _contents(sources: list[dict], report: DataReport) -> list:
 
 def _evaluation(prepared: Prepared) -> list | None:
     """The evaluation rows as `_contents` has them; None where there are none, or a share of the training rows."""
-    if not prepared.recipe.data.eval:
+    named = prepared.recipe.data.eval
+    if prepared.eval is None or not named:
         return None
-    sources = [source.model_dump(mode="json") for source in prepared.recipe.data.eval]
-    return json.loads(json.dumps(_contents(sources, prepared.eval_report)))
+    sources = [source.model_dump(mode="json") for source in named]
+    return json.loads(json.dumps(_contents(sources, prepared.eval.report)))
 
 
 def _model_digest(source: ModelSource) -> str:

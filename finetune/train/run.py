@@ -115,7 +115,7 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
         if reason != "interrupted":
             session.write_final(output / "final")
             if world.is_main and answer is not None:
-                write_samples(output / "samples.json", session, answer)
+                write_samples(output / "samples.json", prepared, session.model, answer)
         if world.is_main:
             for note in [] if prepared.stream is None else prepared.stream.report.notes:
                 console.warn(note)
@@ -222,9 +222,9 @@ class _Manifest:
 
     def write(self, status: str) -> None:
         prepared, session = self.prepared, self.session
-        data = {"train": prepared.train_report.to_dict()}
+        data = {"train": prepared.train.report.to_dict()}
         if prepared.eval is not None:
-            data["eval"] = prepared.eval_report.to_dict()
+            data["eval"] = prepared.eval.report.to_dict()
         manifest = build_manifest(
             method=prepared.recipe.method,
             base_model={

@@ -12,30 +12,27 @@ from finetune.chat.example import IGNORE
 from finetune.files import write_json
 
 if TYPE_CHECKING:
-    from finetune.train.session import Session
+    from finetune.train.prepare import Prepared
 
 COUNT = 3
 Answer = Callable[[Any, Any, Sequence[Sequence[int]]], list[str]]
 
 
-def write_samples(path: Path, session: Session, answer: Answer) -> None:
+def write_samples(path: Path, prepared: Prepared, model: Any, answer: Answer) -> None:
     """Answer the first evaluation rows (training rows where there are none) and write them down.
 
     Args:
+        model: The tuned model.
         answer: (model, tokenizer, prompts as token ids) -> texts; given from outside, since training does not know of
             decoding.
     """
-    prepared = session.prepared
-    train = prepared.train if prepared.stream is None else prepared.first_rows
-    rows = prepared.eval if prepared.eval is not None else train
-    examples = [rows[i] for i in range(min(COUNT, len(rows)))]
-    if prepared.recipe.method == "dpo":
-        examples = [pair.chosen for pair in examples]
+    rows = prepared.first_rows if prepared.eval is None else prepared.eval.rows
+    examples = [rows[i].wanted for i in range(min(COUNT, len(rows)))]
     cut = [last_response(example.labels) for example in examples]
     decode = prepared.tokenizer.decode
     prompts = [example.input_ids[:start] for example, (start, _) in zip(examples, cut)]
     keep = [i for i, prompt in enumerate(prompts) if len(prompt)]
-    texts = answer(session.model, prepared.tokenizer, [prompts[i] for i in keep])
+    texts = answer(model, prepared.tokenizer, [prompts[i] for i in keep])
     samples = [
         {
             "prompt": decode(prompts[i].tolist(), skip_special_tokens=False),

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from finetune import console
 from finetune.errors import CheckpointError, Fault, RecipeError
 from finetune.files import sync, sync_tree
+from finetune.methods import METHODS
 from finetune.model.adapters import LoraSettings
 from finetune.model.load import as_numpy, load_model
 from finetune.model.lora import add_lora, lora_layers, merge_lora, save_peft, training_state
@@ -24,7 +27,7 @@ from finetune.train.processes.parallel import World
 from finetune.train.processes.sharding import Shards
 from finetune.train.resume import Start
 from finetune.train.schedule import learning_rate
-from finetune.train.sft import SftTask
+from finetune.train.task import Ready, TaskMaker
 
 
 class Session:
@@ -32,7 +35,6 @@ class Session:
 
     def __init__(self, prepared: Prepared, world: World, start: Start):
         self.prepared, self.world = prepared, world
-        self.resumed = start.checkpoint is not None
         self._identity = {"fingerprint": start.fingerprint, "evaluation": start.evaluation}
         self._rotation_due = False
         if prepared.stream is not None:  # so that rows are there when the model is
@@ -49,21 +51,14 @@ class Session:
             shards = Shards(world, prepared.sharding_degree, {name: int(p.size) for name, p in parameters.items()})
         self.optimizer = NamedAdamW(parameters, prepared.recipe.training, shards)
         self.state = RunState()
-        self.task, self.eval_task = self._tasks()
+        make_tasks: TaskMaker = import_module(METHODS[prepared.recipe.method].tasks).make_tasks
+        ready = Ready(prepared, self.model, self.dtype, world, resumed=start.checkpoint is not None)
+        self.task, self.evaluation = make_tasks(ready)
         if start.checkpoint is not None:
             self.optimizer.load(start.checkpoint.optimizer())
-            self.state = _restored(start)
+            self.state = _restored(start.checkpoint, start.best_is_void)
 
-    def _tasks(self):
-        p = self.prepared
-        if p.recipe.method == "dpo":
-            from finetune.train.preference.task import make_tasks
-
-            return make_tasks(self)
-        held_out = SftTask(self.model, p.eval, p.eval_packs) if p.eval is not None else None
-        return SftTask(self.model, p.train, p.packs), held_out
-
-    def train(self, log: Callable[[dict], None]) -> str:
+    def train(self, log: Callable[[dict[str, Any]], None]) -> str:
         """Run to the end of the plan; see `train_loop`."""
         training = self.prepared.recipe.training
 
@@ -79,7 +74,7 @@ class Session:
 
         reason = train_loop(
             task=self.task,
-            eval_task=self.eval_task,
+            evaluation=self.evaluation,
             plan=self.prepared.plan,
             optimizer=self.optimizer,
             learning_rate=rate,
@@ -202,9 +197,9 @@ def _build_model(prepared: Prepared, start: Start):
         model = merge_lora(loaded.model) if loaded.lora is not None else loaded.model
     else:
         settings = lora_settings(recipe.lora)
-        if source.kind == "adapter":
+        if source.lora is not None:
             settings = _continued(settings, source.lora)
-        if source.kind == "adapter" and checkpoint is None:
+        if source.lora is not None and checkpoint is None:
             loaded = load_model(source, dtype=recipe.model.dtype, training=True)
             model = loaded.model
             _apply(model, settings)
@@ -217,13 +212,13 @@ def _build_model(prepared: Prepared, start: Start):
     return model, loaded.dtype
 
 
-def _restored(start: Start) -> RunState:
-    run = start.checkpoint.state["run"]
+def _restored(checkpoint: Checkpoint, best_is_void: bool) -> RunState:
+    run = checkpoint.state["run"]
     try:
         state = RunState(**run | {"interval": Interval(**run.get("interval", {}))})
     except TypeError as error:
-        raise CheckpointError(f"is not the state of a run: {error}", where=str(start.checkpoint.folder)) from error
-    if start.best_is_void:
+        raise CheckpointError(f"is not the state of a run: {error}", where=str(checkpoint.folder)) from error
+    if best_is_void:
         console.warn(
             "the best evaluation so far does not count: the evaluation rows changed, or its checkpoint is not among "
             "this run's"

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
-from finetune.chat.example import IGNORE
+from finetune.chat.example import IGNORE, PairExample
 from finetune.compute.forward import sum_by_owner, token_logps
 from finetune.compute.layout import Layout, lay_out_pairs
 from finetune.model.runtime import paddle as _bring_up
+from finetune.train.task import Packs
 
 _bring_up()
 import paddle  # noqa: E402
-
-if TYPE_CHECKING:
-    from finetune.chat.example import PairExample
-    from finetune.rows.table import PairDataset
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,14 @@ class PairBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Tokens that the model computes."""
         return self.layout.num_tokens
+
+
+class Pairs(Protocol):
+    """Tokenized preferences by number: all of them, or those that a stream has at hand."""
+
+    def __getitem__(self, row: int, /) -> PairExample: ...
 
 
 class PairBatcher:
@@ -43,10 +46,10 @@ class PairBatcher:
         packs: Pair indices of each unit of the data order.
     """
 
-    def __init__(self, dataset: PairDataset, packs: list[list[int]]):
+    def __init__(self, dataset: Pairs, packs: Packs):
         self.dataset, self.packs = dataset, packs
 
-    def batch(self, units: list[int]) -> PairBatch:
+    def batch(self, units: Sequence[int]) -> PairBatch:
         """The micro-batch of the given packs."""
         pairs = [i for unit in units for i in self.packs[unit]]
         return PairBatch(lay_out_pairs([_parts(self.dataset[i]) for i in pairs]), np.array(pairs, np.int64))

@@ -20,10 +20,10 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -38,14 +38,19 @@ from finetune.model.lora import adapter_disabled, lora_layers, merge_lora
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.runtime import paddle as _bring_up
 from finetune.model.tensorfile import TensorFolder
+from finetune.rows.plan import EpochPlan
 from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
+from finetune.train.task import evaluation_batches
 
 _bring_up()
 import paddle  # noqa: E402
 
 if TYPE_CHECKING:
+    from finetune.recipe.schema import DpoSection
+    from finetune.rows.table import PairDataset
+    from finetune.train.prepare import RowSet
     from finetune.train.processes.parallel import World
-    from finetune.train.session import Session
+    from finetune.train.task import Ready
 
 _SAVE_SECONDS = 60.0
 _FORMAT = 1
@@ -99,35 +104,41 @@ class CachedReference:
         return paddle.to_tensor(self._values[batch.pairs].reshape(-1))
 
 
-def make_references(session: Session, batchers: list[PairBatcher]) -> list[Reference]:
+def make_references(ready: Ready, section: DpoSection) -> list[Reference]:
     """One reference for each set of pairs: training, and evaluation if there is one.
 
     Raises:
         RecipeError: `dpo.reference` does not share the policy's vocabulary.
         CheckpointError: it cannot be loaded.
+        ValueError: the pairs are streamed, so that nothing can be computed before; the recipe's rules refuse that.
     """
-    section = session.prepared.recipe.dpo
+    prepared, world = ready.prepared, ready.world
+    sets = [prepared.train] if prepared.eval is None else [prepared.train, prepared.eval]
     if section.reference_free or not LOSSES[section.loss_type].has_reference:
-        return [NoReference() for _ in batchers]
+        return [NoReference() for _ in sets]
     if not section.precompute_ref_log_probs:
-        return [_open_live(session)] * len(batchers)
-    schedules = [_training_batches(session, batchers[0])]
-    if len(batchers) > 1:
-        schedules.append(_evaluation_batches(session, batchers[1]))
-    opener = _Once(partial(_open_live, session))
-    identity = _identity(session) if session.world.is_main else {}
-    titles = ("reference", "reference, evaluation")
-    return [
-        _precomputed(session, batcher, schedule, identity, opener, title)
-        for batcher, schedule, title in zip(batchers, schedules, titles)
+        return [_open_live(ready, section)] * len(sets)
+    if not isinstance(prepared.plan, EpochPlan):
+        raise ValueError("dpo.precompute_ref_log_probs is true, but the pairs of a stream are not known beforehand")
+    opener = _Once(partial(_open_live, ready, section))
+    identity = _identity(ready, section) if world.is_main else {}
+    output = Path(prepared.recipe.training.output_dir)
+    found: list[Reference] = [
+        _precomputed(_Scored(prepared.train, _training_batches(prepared.plan)), world, output, identity, opener)
     ]
+    if prepared.eval is not None:
+        size = prepared.recipe.training.per_device_eval_batch_size
+        scored = _Scored(prepared.eval, _evaluation_batches(len(prepared.eval.packs), size, world.size), ", evaluation")
+        found.append(_precomputed(scored, world, output, identity, opener))
+    return found
 
 
 class _Once:
     """Opens the live reference when it is first needed, once."""
 
     def __init__(self, build: Callable[[], LiveReference]):
-        self._build, self._made = build, None
+        self._build = build
+        self._made: LiveReference | None = None
 
     def __call__(self) -> LiveReference:
         if self._made is None:
@@ -138,18 +149,18 @@ class _Once:
 # -- live ------------------------------------------------------------------------------------------------------
 
 
-def _open_live(session: Session) -> LiveReference:
-    prepared = session.prepared
-    recipe, source, model = prepared.recipe, prepared.source, session.model
-    if recipe.dpo.reference is not None:
-        other = resolve_model(recipe.dpo.reference)
+def _open_live(ready: Ready, section: DpoSection) -> LiveReference:
+    prepared, model = ready.prepared, ready.model
+    recipe, source = prepared.recipe, prepared.source
+    if section.reference is not None:
+        other = resolve_model(section.reference)
         _check_vocabulary(prepared.tokenizer, other)
         return LiveReference(_load(other, recipe.model.dtype))
     if recipe.lora is not None and source.kind == "adapter":
         return LiveReference(model, partial(_adapter_as, model, _initial_adapter(model, source)))
     if recipe.lora is not None:
         return LiveReference(model, partial(adapter_disabled, model))
-    if recipe.dpo.precompute_ref_log_probs and not session.resumed:
+    if section.precompute_ref_log_probs and not ready.resumed:
         return LiveReference(model)
     return LiveReference(_load(source, recipe.model.dtype))
 
@@ -200,47 +211,53 @@ def _adapter_as(model, tensors: dict[str, dict[str, paddle.Tensor]]) -> Iterator
 # -- precomputed -----------------------------------------------------------------------------------------------
 
 
-def _training_batches(session: Session, batcher: PairBatcher) -> list[tuple[int, list[int]]]:
+Micro = tuple[int, list[int]]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Pairs to be scored.
+
+    Attributes:
+        pairs: All of them.
+        schedule: (rank, units) of each micro-batch that scores some of them, over all ranks.
+        title: What the bar calls them, behind "reference".
+    """
+
+    pairs: RowSet[Any]
+    schedule: list[Micro]
+    title: str = ""
+
+
+def _training_batches(plan: EpochPlan) -> list[Micro]:
     """(rank, units) of each micro-batch that trains some pack for the first time, over all ranks."""
-    plan, seen, batches = session.prepared.plan, set(), []
-    ranks = [replace(plan, rank=rank).steps() for rank in range(plan.world_size)]
-    for steps in zip(*ranks):
+    seen: set[int] = set()
+    batches: list[Micro] = []
+    for steps in zip(*(own.steps() for own in plan.of_ranks())):
         for rank, step in enumerate(steps):
             for units in step.batches:
                 if not seen.issuperset(units.tolist()):
                     seen.update(units.tolist())
                     batches.append((rank, units.tolist()))
-        if len(seen) == len(batcher.packs):
+        if len(seen) == plan.n:
             break
     return batches
 
 
-def _evaluation_batches(session: Session, batcher: PairBatcher) -> list[tuple[int, list[int]]]:
+def _evaluation_batches(units: int, size: int, ranks: int) -> list[Micro]:
     """(rank, units) as the evaluation takes them."""
-    world, training = session.world, session.prepared.recipe.training
-    size = training.per_device_eval_batch_size or training.per_device_train_batch_size
-    batches = []
-    for rank in range(world.size):
-        units = list(range(rank, len(batcher.packs), world.size))
-        batches += [(rank, units[i : i + size]) for i in range(0, len(units), size)]
-    return batches
+    return [(rank, own) for rank in range(ranks) for own in evaluation_batches(units, size, rank, ranks)]
 
 
 def _precomputed(
-    session: Session,
-    batcher: PairBatcher,
-    schedule: list[tuple[int, list[int]]],
-    identity: dict,
-    live: Callable[[], LiveReference],
-    title: str,
+    scored: _Scored, world: World, output: Path, identity: dict[str, Any], live: Callable[[], LiveReference]
 ) -> CachedReference:
     """Read the cache; compute what it lacks; write it."""
-    world = session.world
-    cache = _Cache(session, batcher, identity) if world.is_main else None
-    values = cache.read() if cache else np.full((len(batcher.dataset), 2), np.nan)
-    values = _joined(values, world)
+    batcher, count = PairBatcher(scored.pairs.rows, scored.pairs.packs), len(scored.pairs.rows)
+    cache = _Cache(output, scored.pairs.rows, identity) if world.is_main else None
+    values = _joined(cache.read() if cache else np.full((count, 2), np.nan), world)
     missing = []
-    for rank, units in schedule:
+    for rank, units in scored.schedule:
         pairs = [i for unit in units for i in batcher.packs[unit]]
         if np.isnan(values[pairs]).any():
             missing.append((rank, units, pairs))
@@ -249,14 +266,14 @@ def _precomputed(
     done = values.copy()
     own = [(units, pairs) for rank, units, pairs in missing if rank == world.rank]
     saved = time.monotonic()
-    with console.progress(sum(len(pairs) for _, pairs in own), title, unit="pair") as bar:
+    with console.progress(sum(len(pairs) for _, pairs in own), f"reference{scored.title}", unit="pair") as bar:
         for units, pairs in own:
             fresh = live().logps(batcher.batch(units)).numpy().reshape(-1, 2)
             # A pair that an earlier micro-batch has had keeps its value
             first = np.isnan(done[pairs]).any(axis=1)
             done[np.array(pairs)[first]] = fresh[first]
             bar.advance(len(pairs))
-            if world.size == 1 and time.monotonic() - saved > _SAVE_SECONDS:
+            if cache and world.size == 1 and time.monotonic() - saved > _SAVE_SECONDS:
                 cache.write(done)
                 saved = time.monotonic()
     if world.size > 1:
@@ -283,12 +300,12 @@ def _joined(values: np.ndarray, world: World) -> np.ndarray:
 class _Cache:
     """output_dir/reference/<key>.safetensors and .json."""
 
-    def __init__(self, session: Session, batcher: PairBatcher, identity: dict):
-        self.record = identity | {"data": _data_digest(batcher.dataset), "pairs": len(batcher.dataset)}
+    def __init__(self, output: Path, pairs: PairDataset, identity: dict[str, Any]):
+        self.record = identity | {"data": _data_digest(pairs), "pairs": len(pairs)}
         key = hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:20]
-        folder = Path(session.prepared.recipe.training.output_dir) / "reference"
+        folder = output / "reference"
         self.tensors, self.json = folder / f"{key}.safetensors", folder / f"{key}.json"
-        self.shape = (len(batcher.dataset), 2)
+        self.shape = (len(pairs), 2)
 
     def read(self) -> np.ndarray:
         """float64 [n, 2], NaN where nothing is known; a cache that is damaged or of something else counts as none."""
@@ -314,23 +331,22 @@ class _Cache:
         replace_file(self.tensors, content)
         replace_file(self.json, json_text(self._record(content), sort_keys=False))
 
-    def _record(self, content: bytes) -> dict:
+    def _record(self, content: bytes) -> dict[str, Any]:
         return self.record | {"sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _identity(session: Session) -> dict:
+def _identity(ready: Ready, section: DpoSection) -> dict[str, Any]:
     """Everything but the pairs that the log-probabilities depend on."""
-    prepared = session.prepared
-    recipe = prepared.recipe
-    source = resolve_model(recipe.dpo.reference) if recipe.dpo.reference is not None else prepared.source
+    prepared, recipe = ready.prepared, ready.prepared.recipe
+    source = resolve_model(section.reference) if section.reference is not None else prepared.source
     template = prepared.tokenizer.chat_template or ""
-    identity = {
+    identity: dict[str, Any] = {
         "format": _FORMAT,
         "model": _model_digest(source),
         "template": hashlib.sha256(template.encode()).hexdigest(),
-        "dtype": session.dtype,
+        "dtype": ready.dtype,
     }
-    if recipe.lora is not None and recipe.lora.variant == "pissa" and recipe.dpo.reference is None:
+    if recipe.lora is not None and recipe.lora.variant == "pissa" and section.reference is None:
         # The base is then residual + starting factors, which is the same weight only up to rounding
         identity["pissa_rank"] = recipe.lora.rank
     return identity
@@ -350,10 +366,10 @@ def _model_digest(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
-def _data_digest(dataset) -> str:
+def _data_digest(pairs: PairDataset) -> str:
     """SHA-256 over the tokens of all pairs and which of them are scored."""
     digest = hashlib.sha256()
-    for pair in dataset:
+    for pair in pairs:
         for side in (pair.chosen, pair.rejected):
             digest.update(len(side.input_ids).to_bytes(8, "little"))
             digest.update(side.input_ids.tobytes())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from finetune.compute.forward import owner_counts
 from finetune.compute.layout import Layout
@@ -10,6 +11,7 @@ from finetune.compute.losses import LOSSES, PairLogps, chosen_nll
 from finetune.model.runtime import paddle as _bring_up
 from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
 from finetune.train.preference.reference import make_references
+from finetune.train.task import Evaluation, evaluation_batches
 
 _bring_up()
 import paddle  # noqa: E402
@@ -18,13 +20,11 @@ if TYPE_CHECKING:
     from finetune.recipe.schema import DpoSection
     from finetune.train.preference.reference import Reference
     from finetune.train.processes.parallel import World
-    from finetune.train.session import Session
+    from finetune.train.task import Ready
 
 
 class DpoTask:
-    """A preference loss over pairs.
-
-    The unit of the data order is a pack: the pairs of one row. Without packing every pack holds one pair.
+    """A preference loss over pairs; see `Task`.
 
     Args:
         model: The policy.
@@ -33,7 +33,7 @@ class DpoTask:
         reference: Gives the reference's log-probabilities.
     """
 
-    metric_names = (
+    metric_names: tuple[str, ...] = (
         "loss",
         "rewards/chosen",
         "rewards/rejected",
@@ -43,27 +43,26 @@ class DpoTask:
         "logps/rejected",
     )
 
-    def __init__(self, model, batcher: PairBatcher, section: DpoSection, reference: Reference):
+    def __init__(self, model: Any, batcher: PairBatcher, section: DpoSection, reference: Reference):
         self.model, self.batcher, self.reference = model, batcher, reference
-        self.packs = batcher.packs
         self.kind = LOSSES[section.loss_type]
         self.options = {name: getattr(section, name) for name in self.kind.keys}
         self.sft_loss_ratio = section.sft_loss_ratio
         self._baseline: tuple[float, float] | None = None
 
-    def layout(self, units: list[int]) -> PairBatch:
+    def layout(self, units: Sequence[int]) -> PairBatch:
         """The micro-batch of the given packs."""
         return self.batcher.batch(units)
 
-    def sources(self, units: list[int]) -> list[str]:
+    def sources(self, units: Sequence[int]) -> list[str]:
         """Where the pairs of the given packs come from, `file:row`."""
-        return [self.batcher.dataset[i].source for unit in units for i in self.packs[unit]]
+        return [self.batcher.dataset[i].source for unit in units for i in self.batcher.packs[unit]]
 
     def weight(self, batch: PairBatch) -> int:
         """What the loss is a mean over: pairs."""
         return len(batch.pairs)
 
-    def begin_step(self, batches: list[PairBatch], world: World) -> None:
+    def begin_step(self, batches: Sequence[PairBatch], world: World) -> None:
         """Learn what the loss needs of all pairs of the step before any gradient: kto_pair's baseline.
 
         Costs a forward pass, and only where one micro-batch is not the whole step.
@@ -80,7 +79,7 @@ class DpoTask:
         chosen, rejected, count = world.all_sum(sums)
         self._baseline = (chosen / count, rejected / count)
 
-    def loss(self, batch: PairBatch, denominator: float):
+    def loss(self, batch: PairBatch, denominator: float) -> tuple[Any, dict[str, float]]:
         """The preference loss, and with `sft_loss_ratio` the supervised one.
 
         Args:
@@ -119,13 +118,21 @@ def _pair_logps(sums: paddle.Tensor, layout: Layout) -> PairLogps:
     return PairLogps(sums[0::2], sums[1::2], counts[0::2], counts[1::2])
 
 
-def make_tasks(session: Session) -> tuple[DpoTask, DpoTask | None]:
-    """The training task and, with evaluation data, its counterpart; reference log-probabilities are made here."""
-    prepared = session.prepared
-    section = prepared.recipe.dpo
-    batchers = [PairBatcher(prepared.train, prepared.packs)]
-    if prepared.eval is not None:
-        batchers.append(PairBatcher(prepared.eval, prepared.eval_packs))
-    references = make_references(session, batchers)
-    tasks = [DpoTask(session.model, b, section, r) for b, r in zip(batchers, references)]
-    return tasks[0], tasks[1] if len(tasks) > 1 else None
+def make_tasks(ready: Ready) -> tuple[DpoTask, Evaluation[PairBatch] | None]:
+    """The training task and, with evaluation rows, the evaluation; reference log-probabilities are made here.
+
+    Raises:
+        ValueError: the recipe has no `dpo` section, which the schema gives every recipe of this method.
+    """
+    prepared, world, section = ready.prepared, ready.world, ready.prepared.recipe.dpo
+    if section is None:
+        raise ValueError("preference training needs the recipe's dpo section")
+    references = make_references(ready, section)
+    batcher = PairBatcher(prepared.train.rows, prepared.train.packs)
+    task = DpoTask(ready.model, batcher, section, references[0])
+    held_out = prepared.eval
+    if held_out is None:
+        return task, None
+    size = prepared.recipe.training.per_device_eval_batch_size
+    judge = DpoTask(ready.model, PairBatcher(held_out.rows, held_out.packs), section, references[1])
+    return task, Evaluation(judge, evaluation_batches(len(held_out.packs), size, world.rank, world.size))

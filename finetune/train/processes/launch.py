@@ -54,7 +54,7 @@ def launch(recipe: Recipe, *, nproc: int, nnodes: int, master: str | None) -> No
         job = folder / "recipe.yaml"
         job.write_text(dump_recipe(recipe), encoding="utf-8")
         arguments = [str(job), str(folder)]
-        if nnodes > 1:
+        if nnodes > 1 and master is not None:
             launcher = ["-m", "paddle.distributed.launch", "--master", master, "--nnodes", str(nnodes)]
             launcher += ["--nproc_per_node", str(nproc), "--log_dir", str(folder / "log")]
             commands = [

@@ -299,7 +299,7 @@ def test_the_cache_is_used_again_and_never_trusted_blindly(tmp_path, tiny_folder
     recipe, run = write_recipe(tmp_path, tiny_folder), tmp_path / "run"
     opened = []
     really = reference._open_live
-    monkeypatch.setattr(reference, "_open_live", lambda session: opened.append(1) or really(session))
+    monkeypatch.setattr(reference, "_open_live", lambda *given: opened.append(1) or really(*given))
     anew = "training.resume_from_checkpoint=never"
     first = train(recipe, run, anew)
     assert len(opened) == 1

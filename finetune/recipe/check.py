@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from finetune.errors import did_you_mean
+from finetune.methods import METHODS
 from finetune.recipe.names import nearest_key, recipe_keys
 from finetune.recipe.rules import clashes
 from finetune.recipe.schema import Recipe
@@ -33,10 +34,11 @@ def check_tree(tree: dict[str, Any]) -> tuple[Recipe | None, list[Finding]]:
 
     The rules also run when single values are wrong, on what is left without these, so that one run shows all faults.
     """
+    findings: list[Finding] = []
+    broken: set[str] = set()
+    recipe: Recipe | None
     try:
         recipe = Recipe.model_validate(tree)
-        findings: list[Finding] = []
-        broken: set[str] = set()
     except ValidationError as error:
         entries = [(_known_path(entry["loc"]), entry) for entry in reversed(error.errors(include_url=False))]
         # A key that is not in the tree was filled in from a faulty one, which has a fault of its own.
@@ -100,19 +102,21 @@ def _json_schema() -> dict[str, Any]:
 
 def _schema_at(path: Path) -> dict[str, Any] | None:
     """The JSON schema of a key; None when there is no such key."""
-    schema: dict[str, Any] | None = _json_schema()
+    schema = _json_schema()
     for part in path:
-        schema = _open(schema)
-        schema = schema.get("items") if isinstance(part, int) else schema.get("properties", {}).get(part)
-        if schema is None:
+        outer = _open(schema)
+        inner = outer.get("items") if isinstance(part, int) else outer.get("properties", {}).get(part)
+        if inner is None:
             return None
+        schema = inner
     return schema
 
 
 def _open(schema: dict[str, Any]) -> dict[str, Any]:
     """Follow a reference, or the first branch of a union that is a section."""
     if "$ref" in schema:
-        return _json_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+        opened: dict[str, Any] = _json_schema()["$defs"][schema["$ref"].rpartition("/")[2]]
+        return opened
     for branch in schema.get("anyOf", ()):
         if "$ref" in branch:
             return _open(branch)
@@ -126,7 +130,7 @@ def _expected(schema: dict[str, Any]) -> str:
     'a whole number from 1 to 8 (rows)'
     """
     if "takes" in schema:
-        return schema["takes"]
+        return str(schema["takes"])
     if "$ref" in schema:
         return f"a section with the keys {', '.join(_open(schema)['properties'])}"
     if "anyOf" in schema:
@@ -191,8 +195,8 @@ def _takes(schema: dict[str, Any], *types: str) -> bool:
 
 
 def _how_to_add(path: Path, right: str) -> str:
-    examples = {
-        ("method",): "Write 'method: sft' or 'method: dpo'.",
+    examples: dict[Path, str] = {
+        ("method",): f"Write {' or '.join(repr(f'method: {name}') for name in METHODS)}.",
         ("model",): "Add a 'model:' section with 'path:', for example Qwen/Qwen2-0.5B-Instruct.",
         ("model", "path"): "Name the base model, for example 'path: Qwen/Qwen2-0.5B-Instruct'.",
         ("data",): "Add a 'data:' section with 'train: [{path: FILE}]'.",
@@ -235,9 +239,9 @@ def _without(tree: dict[str, Any], faults: list[tuple[Path, str]]) -> Recipe | N
         if not path:
             return None
         parent = _value_at(tree, path[:-1])
-        default = _PLACEHOLDERS.get(path, _REQUIRED.get(path[-1]) if _is_required(path) else None)
+        default = _PLACEHOLDERS.get(path, _REQUIRED.get(str(path[-1])) if _is_required(path) else None)
         if isinstance(parent, list):
-            parent[path[-1]] = {"path": "-"}
+            parent[int(path[-1])] = {"path": "-"}
         elif default is not None:
             parent[path[-1]] = copy.deepcopy(default)
         else:

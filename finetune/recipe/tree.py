@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -18,8 +18,8 @@ MAX_VALUES = 20_000
 
 _INT = re.compile(r"[-+]?[0-9]{1,60}|0o[0-7]{1,60}|0x[0-9a-fA-F]{1,60}")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]{1,60}|[0-9]{1,60}(\.[0-9]{0,60})?)([eE][-+]?[0-9]{1,6})?")
-_SPECIAL = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
-_SPECIAL |= {text: True for text in ("true", "True", "TRUE")} | {text: False for text in ("false", "False", "FALSE")}
+_SPECIAL: dict[str, bool | float | None] = {"": None, "~": None, "null": None, "Null": None, "NULL": None}
+_SPECIAL |= dict.fromkeys(("true", "True", "TRUE"), True) | dict.fromkeys(("false", "False", "FALSE"), False)
 _SPECIAL |= {f"{sign}.{text}": float(f"{sign}inf") for sign in ("", "+", "-") for text in ("inf", "Inf", "INF")}
 _SPECIAL |= {f".{text}": float("nan") for text in ("nan", "NaN", "NAN")}
 
@@ -63,17 +63,37 @@ def parse_yaml(text: str) -> Tree:
     return _Composer().read(text)
 
 
+def _line(mark: Any) -> int | None:
+    """The line, from 1, that a mark of PyYAML names; None where there is no mark."""
+    return None if mark is None else int(mark.line) + 1
+
+
 class _Stop(Exception):
     """Reading cannot go on; the fault is already noted."""
 
 
 @dataclass
 class _Frame:
-    container: dict | list
+    """A mapping or list in the making."""
+
+    value: dict[str, Any] | list[Any]
     path: Path
     anchor: str | None
     first: int  # number of values before this one, to know how many it holds
-    key: str | None = None
+    key: str | None = None  # of a mapping, and given, where its value comes next
+
+    @property
+    def awaits_key(self) -> bool:
+        return isinstance(self.value, dict) and self.key is None
+
+    def put(self, value: Any) -> Path:
+        """Take the next value in; returns its path."""
+        if isinstance(self.value, list):
+            self.value.append(value)
+            return (*self.path, len(self.value) - 1)
+        key, self.key = str(self.key), None
+        self.value[key] = value
+        return (*self.path, key)
 
 
 class _Composer:
@@ -102,7 +122,7 @@ class _Composer:
     def _note(self, line: int | None, what: str, fix: str | None = None) -> None:
         self.tree.faults.append((line, what, fix))
 
-    def _stop(self, line: int | None, what: str, fix: str | None = None) -> None:
+    def _stop(self, line: int | None, what: str, fix: str | None = None) -> NoReturn:
         self._note(line, what, fix)
         raise _Stop
 
@@ -117,25 +137,25 @@ class _Composer:
         fix = "Indent with spaces, not with tabs" if "'\\t'" in problem else None
         if "alphabetic or numeric character" in problem:
             fix = "Put text that starts with * or & in quotes"
-        self._note(mark.line + 1 if mark else None, f"this is not valid YAML: {problem}", fix)
+        self._note(_line(mark), f"this is not valid YAML: {problem}", fix)
         self.tree.complete = False
 
     def _take(self, event: yaml.Event) -> None:
-        line = event.start_mark.line + 1
+        line = _line(event.start_mark) or 1
         if isinstance(event, yaml.DocumentStartEvent):
             self.documents += 1
             if self.documents > 1:
                 self._stop(line, "a second document starts here", "Keep one recipe in a file and remove the '---'")
         elif isinstance(event, yaml.NodeEvent):
-            if self.stack and isinstance(self.stack[-1].container, dict) and self.stack[-1].key is None:
+            if self.stack and self.stack[-1].awaits_key:
                 self._take_key(event, line)
             else:
                 self._take_value(event, line)
         elif isinstance(event, yaml.CollectionEndEvent):
             frame = self.stack.pop()
-            self._remember(frame.anchor, frame.container, self.count - frame.first)
+            self._remember(frame.anchor, frame.value, self.count - frame.first)
 
-    def _take_key(self, event: yaml.Event, line: int) -> None:
+    def _take_key(self, event: yaml.NodeEvent, line: int) -> None:
         if not isinstance(event, yaml.ScalarEvent):
             self._stop(line, "a key is a list, a mapping or an alias", "Write keys as plain names")
         self._refuse_tag(event, line)
@@ -143,20 +163,16 @@ class _Composer:
         frame = self.stack[-1]
         if key == "<<":
             self._note(line, "merge keys ('<<') are not read", "Write the keys out")
-        if key in frame.container:
-            first = self.tree.lines.get((*frame.path, key))
-            name = ".".join(map(str, (*frame.path, key)))
-            self._note(line, f"{name} is given twice, first in line {first}", "Keep one")
+        path = (*frame.path, key)
+        if key in frame.value:
+            name = ".".join(map(str, path))
+            self._note(line, f"{name} is given twice, first in line {self.tree.lines.get(path)}", "Keep one")
         frame.key = key
-        self.tree.lines[(*frame.path, key)] = line
+        self.tree.lines[path] = line
 
-    def _take_value(self, event: yaml.Event, line: int) -> None:
+    def _take_value(self, event: yaml.NodeEvent, line: int) -> None:
         self.count += 1
-        if isinstance(event, yaml.AliasEvent):
-            value = self._alias(event, line)
-        else:
-            self._refuse_tag(event, line)
-            value = self._start(event, line)
+        value = self._value(event, line)
         if self.count > MAX_VALUES:
             self._stop(line, f"this holds more than {MAX_VALUES} values", "A recipe is a page of keys")
         path = self._place(value, line)
@@ -167,17 +183,20 @@ class _Composer:
         elif isinstance(event, yaml.ScalarEvent):
             self._remember(event.anchor, value, 1)
 
-    def _start(self, event: yaml.Event, line: int) -> Any:
-        if isinstance(event, yaml.MappingStartEvent):
-            return {}
-        if isinstance(event, yaml.SequenceStartEvent):
-            return []
-        return resolve_scalar(event.value) if event.implicit[0] else self._clean(event.value, line)
+    def _value(self, event: yaml.NodeEvent, line: int) -> Any:
+        if isinstance(event, yaml.AliasEvent):
+            return self._alias(event, line)
+        if isinstance(event, yaml.ScalarEvent):
+            self._refuse_tag(event, line)
+            return resolve_scalar(event.value) if event.implicit[0] else self._clean(event.value, line)
+        if isinstance(event, yaml.CollectionStartEvent):
+            self._refuse_tag(event, line)
+        return {} if isinstance(event, yaml.MappingStartEvent) else []
 
     def _alias(self, event: yaml.AliasEvent, line: int) -> Any:
         if event.anchor not in self.anchors:
             self._stop(line, f"*{event.anchor} stands before the end of what it names", "Write the value out")
-        value, size = self.anchors[event.anchor]
+        value, size = self.anchors[str(event.anchor)]
         self.count += size
         return copy.deepcopy(value) if self.count <= MAX_VALUES else None
 
@@ -189,18 +208,11 @@ class _Composer:
         if not self.stack:
             self.tree.value = value
             return ()
-        frame = self.stack[-1]
-        if isinstance(frame.container, list):
-            path: Path = (*frame.path, len(frame.container))
-            frame.container.append(value)
-            self.tree.lines[path] = line
-        else:
-            path = (*frame.path, frame.key)
-            frame.container[frame.key] = value
-            frame.key = None
+        path = self.stack[-1].put(value)
+        self.tree.lines.setdefault(path, line)  # of a mapping, the line of the key is there
         return path
 
-    def _refuse_tag(self, event: yaml.Event, line: int) -> None:
+    def _refuse_tag(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent, line: int) -> None:
         if event.tag is not None:
             self._note(line, f"the tag {event.tag!r} is not read", "Write the value without a tag")
 

@@ -73,6 +73,10 @@ class ArgumentError(UserError):
     """A command-line argument is wrong, or asks for what this machine cannot do."""
 
 
+class HubError(FinetuneError):
+    """A hub did not answer, or what it sent is damaged."""
+
+
 class TrainingError(FinetuneError):
     """A run cannot go on: loss not finite, out of memory."""
 

@@ -174,18 +174,26 @@ def write_fault(error: OSError, where: Path, *, needed: int | None = None, fix: 
     reason = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
         return CheckpointError(f"cannot be written: {reason}", where=str(where))
-    takes = f"it takes about {_size(needed)}, and " if needed else ""
-    free = _size(shutil.disk_usage(next(p for p in where.absolute().parents if p.exists())).free)
+    takes = f"it takes about {format_size(needed)}, and " if needed else ""
+    free = format_size(shutil.disk_usage(next(p for p in where.absolute().parents if p.exists())).free)
     fix = fix or "Make room, or choose another disk."
     return StorageError(f"cannot be written: {reason} ({takes}{free} are free there)", where=str(where), fix=fix)
 
 
-def _size(count: int) -> str:
+def format_size(count: float) -> str:
+    """Write a number of bytes: `512 bytes`, `1.5 MiB`, `2.9 GiB`."""
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:,} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:,.1f} GiB"
+
+
+def cache_home() -> Path:
+    """Where what can be made or fetched again is kept: $FINETUNE_CACHE, or ~/.cache/paddle-finetune."""
+    if named := os.environ.get("FINETUNE_CACHE"):
+        return Path(os.path.expanduser(named))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "paddle-finetune"
 
 
 def hash_file(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.errors import ArgumentError, CheckpointError, Fault, did_you_mean
 from finetune.model.convert import PROJECTIONS
+from finetune.model.hubs.hub import parse_repo
 
 VARIANTS = ("lora", "rslora", "lora_plus", "pissa")
 LORA_PLUS_RATIO = 16.0  # B learns 16 times as fast as A: Hayou et al. 2024, arXiv:2402.12354, section 5
@@ -180,13 +181,16 @@ def peft_config(settings: LoraSettings, base: str, targets: list[str]) -> dict:
     """adapter_config.json for settings as saved (see `LoraSettings.saved`).
 
     Args:
-        base: Hub id or folder of the base model.
+        base: The base model as a hub names it, or its folder. PEFT has a key of its own for the revision on
+            Hugging Face's hub, and knows no other hub.
         targets: Last names of the modules that carry the adapter.
     """
+    repo = parse_repo(base, "model")
+    at = repo.revision if repo and repo.hub == "hf" else None
     alpha = int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha
     return {
         "auto_mapping": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": repo.id if repo and repo.hub == "hf" else base,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -200,7 +204,7 @@ def peft_config(settings: LoraSettings, base: str, targets: list[str]) -> dict:
         "r": settings.rank,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "revision": None,
+        "revision": at,
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
         "use_dora": False,

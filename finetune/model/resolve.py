@@ -11,19 +11,14 @@ from finetune.errors import CheckpointError, did_you_mean
 from finetune.files import read_json
 from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
 from finetune.model.config import read_config
+from finetune.model.hubs.fetch import fetch
+from finetune.model.hubs.hub import parse_repo
 from finetune.model.tensorfile import TensorFolder
 
 MODEL_STEMS = ("model", "model_state")
 PEFT_STEMS = ("adapter_model",)
 PADDLE_LORA_STEMS = ("peft_model", "lora_model_state")
-HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.jinja"]
-KNOWN_HUB_IDS = [
-    f"Qwen/{family}-{size}{kind}"
-    for family, sizes in (("Qwen2", ("0.5B", "1.5B", "7B")), ("Qwen2.5", ("0.5B", "1.5B", "3B", "7B")))
-    for size in sizes
-    for kind in ("", "-Instruct")
-]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja")
 _STEP = re.compile(r"step-(\d+)")
 _PICKLES = ("*.pdparams", "*.bin", "*.pth", "*.pt", "*.ckpt")
 
@@ -69,15 +64,17 @@ class ModelSource:
 
     @property
     def hub_or_folder(self) -> str:
-        """How an adapter trained on this model names it: the hub id, or the absolute folder."""
-        return str(self.folder.resolve()) if os.path.exists(os.path.expanduser(self.name)) else self.name
+        """How an adapter trained on this model names it: as a hub names it, or the absolute folder."""
+        repo = None if os.path.exists(os.path.expanduser(self.name)) else parse_repo(self.name, "model")
+        return str(repo or self.folder.resolve())
 
 
 def resolve_model(name: str | Path) -> ModelSource:
     """Find a model and read its config; weights are not read.
 
     Args:
-        name: Hub id, folder with a model or an adapter in any layout, checkpoint folder, or run folder.
+        name: Hub id (`PREFIX:OWNER/NAME@REVISION`, prefix and revision may be absent), folder with a model or an
+            adapter in any layout, checkpoint folder, or run folder.
 
     Raises:
         CheckpointError: not found, incomplete, damaged, of another kind, or pickled; the message says what to do.
@@ -90,14 +87,15 @@ def resolve_model(name: str | Path) -> ModelSource:
         return _from_folder(folder, name)
     if os.path.exists(folder):
         raise CheckpointError("is a file", where=name, fix="Name the folder it is in.")
-    if _looks_like_path(name):
+    repo = None if _looks_like_path(name) else parse_repo(name, "model")
+    if repo is None:
         raise CheckpointError("there is no such folder", where=name, fix=_nearest_folder(folder))
-    return _from_folder(_download(name), name)
+    return _from_folder(fetch(repo, HUB_PATTERNS), name)
 
 
 def _looks_like_path(name: str) -> bool:
     parent = Path(name).parent
-    return not _HUB_ID.fullmatch(name) or (parent != Path(".") and os.path.isdir(parent)) or name.startswith("outputs/")
+    return (parent != Path(".") and os.path.isdir(parent)) or name.startswith("outputs/")
 
 
 def _nearest_folder(folder: Path) -> str:
@@ -107,23 +105,6 @@ def _nearest_folder(folder: Path) -> str:
     except OSError:
         return f"There is no folder {folder.parent} either."
     return did_you_mean(folder.name, siblings)
-
-
-def _download(hub_id: str) -> Path:
-    """Fetch safetensors, JSON and text files of a hub model, or find them in the cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS))
-    except RepositoryNotFoundError as error:
-        what = "there is neither such a folder here nor such a model on the hub"
-        fix = did_you_mean(hub_id, KNOWN_HUB_IDS, "A private model needs HF_TOKEN to be set.")
-        raise CheckpointError(what, where=hub_id, fix=fix) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        what = "there is no such folder here, it is not in the hub cache, and the hub cannot be reached"
-        fix = did_you_mean(hub_id, KNOWN_HUB_IDS, "Go online, or copy the model's folder here and name it.")
-        raise CheckpointError(what, where=hub_id, fix=fix) from error
 
 
 def _from_folder(folder: Path, name: str) -> ModelSource:
@@ -188,8 +169,13 @@ def _adapter(folder: Path, name: str, config_file: str, stems: tuple[str, ...], 
     if not isinstance(base_name, str) or not base_name:
         fix = f'Write the base model into {config_file}: "base_model_name_or_path": "<hub id or folder>".'
         raise CheckpointError("does not say which model it belongs to", where=str(path), fix=fix)
-    base = _base(base_name, folder, path)
+    base = _base(_at_revision(base_name, raw.get("revision")), folder, path)
     return ModelSource("adapter", folder, base, base.config, name, layout, stem, settings, base_name)
+
+
+def _at_revision(base_name: str, revision: object) -> str:
+    """The base with the revision that PEFT names beside it."""
+    return f"{base_name}@{revision}" if isinstance(revision, str) and not os.path.isdir(base_name) else base_name
 
 
 def _base(base_name: str, folder: Path, config_file: Path) -> ModelSource:

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from finetune.files import sync
+from finetune.files import cache_home, sync
 from finetune.rows.table import Part, Sequences
 
 MAX_BYTES = 20 * 2**30
@@ -38,10 +38,7 @@ _CHUNK = 1 << 20
 
 def cache_folder() -> Path:
     """Where entries lie; it need not be there yet."""
-    if named := os.environ.get("FINETUNE_CACHE"):
-        return Path(os.path.expanduser(named)) / "rows"
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(base)) / "paddle-finetune" / "rows"
+    return cache_home() / "rows"
 
 
 def digest(value: Any) -> str:

@@ -13,9 +13,11 @@ from typing import IO, Protocol
 
 from finetune.errors import DataError, nearest
 from finetune.files import hash_file
+from finetune.model.hubs.fetch import fetch
+from finetune.model.hubs.hub import Repo, parse_repo
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_PATTERNS = tuple(f"*{suffix}{end}" for suffix in SUFFIXES for end in ("", ".gz"))
 # Written beside the rows by `datasets.save_to_disk`; they describe the rows and are none.
 _NOT_ROWS = ("dataset_info.json", "dataset_dict.json", "state.json", "dataset_infos.json")
 # What a file or folder is named after, and the split it is then of, as `datasets` has it.
@@ -46,11 +48,13 @@ class DataFile:
         name: How its rows are named, the path as the user gave it.
         path: Where it is; None for the hub.
         split: The hub split; None for a file.
+        repo: The repository on the hub; None for a file.
     """
 
     name: str
     path: Path | None
     split: str | None = None
+    repo: Repo | None = None
 
     def open(self) -> IO[bytes]:
         """The file's bytes, unpacked.
@@ -111,7 +115,8 @@ def find_files(source: Source, base: Path | None = None, key: str = "data") -> l
     """The files a source names, in order of name.
 
     Args:
-        source: Its path is a file, a folder (the data files below it, of its split), a glob, or a hub id `owner/name`.
+        source: Its path is a file, a folder (the data files below it, of its split), a glob, or a hub id
+            `PREFIX:OWNER/NAME@REVISION`, where prefix and revision may be absent.
         base: Where a relative path is looked for if the current folder does not have it: the recipe's folder.
         key: The recipe key that holds the path, for messages.
 
@@ -139,9 +144,19 @@ def _find(source: Source, base: Path | None, key: str) -> list[DataFile]:
             files = _named_after(files, source.split, place) if files else []
         if files:
             return [DataFile(str(path), path) for path in files]
-    if _HUB_ID.fullmatch(source.path) and _suffix(given) is None and not given.parent.is_dir():
-        return [DataFile(source.path, None, source.split)]
+    repo = parse_repo(source.path, "dataset")
+    if repo and "/" in repo.id and (":" in source.path or (_suffix(given) is None and not given.parent.is_dir())):
+        return _files_of_hub(repo, source)
     raise DataError(f"there is no file {source.path}", where=key, fix=_nearest(given, base))
+
+
+def _files_of_hub(repo: Repo, source: Source) -> list[DataFile]:
+    """The rows of Hugging Face's datasets come by way of `datasets`; of other hubs, as files."""
+    if repo.hub == "hf":
+        return [DataFile(source.path, None, source.split, repo)]
+    folder = fetch(repo, HUB_PATTERNS)
+    files = _files_of_folder(folder, source.split)
+    return [DataFile(f"{source.path}/{path.relative_to(folder)}", path) for path in files]
 
 
 def _suffix(path: Path) -> str | None:

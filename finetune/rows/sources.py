@@ -13,6 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from finetune.errors import DataError, Fault
+from finetune.model.hubs.faults import explain
+from finetune.model.hubs.fetch import HUBS
+from finetune.model.hubs.hub import Repo
 from finetune.rows.arrowfile import arrow_rows, read_arrow, read_parquet, without_nulls
 from finetune.rows.block import BLOCK_BYTES, BLOCK_ROWS, Block
 from finetune.rows.csvfile import csv_row, read_csv
@@ -29,7 +32,7 @@ def read_blocks(file: DataFile, size: int = BLOCK_BYTES) -> Iterator[Block]:
     Raises:
         DataError: the file cannot be read at all, or is empty.
     """
-    blocks = _read_hub(file) if file.path is None else _READERS[check_suffix(file.path)](file, size)
+    blocks = _read_hub(file, file.repo) if file.repo else _READERS[check_suffix(file.path)](file, size)
     empty = True
     try:
         for block in blocks:
@@ -53,12 +56,15 @@ def rows_of(block: Block, name: str) -> Iterator[tuple[int, dict[str, Any] | Fau
         yield from ((n, r if isinstance(r, dict) else not_an_object(r, f"{name}:{n}")) for n, r in numbered)
 
 
-def _read_hub(file: DataFile) -> Iterator[Block]:
+def _read_hub(file: DataFile, repo: Repo) -> Iterator[Block]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(file.name, split=file.split)
+        rows = datasets.load_dataset(repo.id, revision=repo.revision, split=file.split)
     except Exception as error:  # `datasets` passes on whatever its readers and the network raise
+        about_files = type(error) is FileNotFoundError  # in the repository, which is there
+        if not about_files and (fault := explain(error, repo, HUBS[repo.hub])):
+            raise fault from error
         reason = (str(error) or repr(error)).splitlines()[0]
         raise DataError(
             f"split {file.split!r} cannot be loaded from the hub: {reason}",

@@ -282,19 +282,27 @@ def test_hub_ids_go_to_datasets(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load(name, split):
-        asked.append((name, split))
+    def load(name, revision, split):
+        asked.append((name, revision, split))
         return [{"instruction": "q", "output": "a", "input": None}]
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read("tatsu-lab/alpaca", split="train[:1]") == [({"instruction": "q", "output": "a"}, "tatsu-lab/alpaca:1")]
-    assert asked == [("tatsu-lab/alpaca", "train[:1]")]
+    read("hf:tatsu-lab/alpaca@v1")
+    assert asked == [("tatsu-lab/alpaca", None, "train[:1]"), ("tatsu-lab/alpaca", "v1", "train")]
 
-    def fail(name, split):
-        raise ConnectionError("no network\nlong text")
+    def fail(name, revision, split):
+        raise ValueError("Unknown split\nlong text")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match="tatsu-lab/alpaca: split 'train' cannot be loaded from the hub: no network"):
+    with pytest.raises(DataError, match="tatsu-lab/alpaca: split 'train' cannot be loaded from the hub: Unknown split"):
+        read("tatsu-lab/alpaca")
+
+    def unreachable(name, revision, split):
+        raise ConnectionError("no network\nlong text")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DataError, match="hf:tatsu-lab/alpaca: .*Hugging Face cannot be reached .no network"):
         read("tatsu-lab/alpaca")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from finetune.compute import cpu, gpu
 from finetune.compute.layout import Layout, Span, visible_until
 from finetune.compute.limits import KEPT_ATTENTION_BYTES
+from finetune.model.build import body_of
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
@@ -77,7 +78,7 @@ class Context:
 
 def context_of(lm, layout: Layout) -> Context:
     """The context of a micro-batch, with angles from the model's own rotary table."""
-    rotary = lm.qwen2.layers[0].self_attn.rotary_emb
+    rotary = body_of(lm).layers[0].self_attn.rotary_emb
     positions = layout.position_ids[0]
     tables = rotary(paddle.zeros([1], dtype="float32"), seq_len=int(positions.max()) + 1)
     half = tables[0].shape[-1] // 2
@@ -224,7 +225,7 @@ class _SpanAttention(PyLayer):
         k, v = _by_head(key, context.cos, context.sin), _by_head(value)
         out = paddle.empty(query.shape, dtype="float32")
         bytes_kept = sum(heads * (b.stop - b.start) * b.seen * 4 for b in context.blocks)
-        kept = [] if bytes_kept <= KEPT_ATTENTION_BYTES else None
+        kept: list[paddle.Tensor] | None = [] if bytes_kept <= KEPT_ATTENTION_BYTES else None
         for block in context.blocks:
             weights = _weights(q, k, block, heads // kv_heads)
             result = paddle.matmul(weights, _tensor(_keys(v, block)))
@@ -259,7 +260,7 @@ def _by_head(x, cos: np.ndarray | None = None, sin: np.ndarray | None = None) ->
     """[T, heads, D] tensor -> [heads, T, D] array, rotated if angles are given."""
     source = cpu.array_of(x.contiguous())
     out = np.empty((source.shape[1], source.shape[0], source.shape[2]), np.float32)
-    if cos is None:
+    if cos is None or sin is None:
         out[...] = source.transpose(1, 0, 2)
     else:
         cpu.rotate(source, cos, sin, out.transpose(1, 0, 2))
@@ -269,7 +270,7 @@ def _by_head(x, cos: np.ndarray | None = None, sin: np.ndarray | None = None) ->
 def _by_token(x: np.ndarray, cos: np.ndarray | None = None, sin: np.ndarray | None = None):
     """[heads, T, D] array -> [T, heads, D] tensor, rotated if angles are given."""
     out = paddle.empty([x.shape[1], x.shape[0], x.shape[2]], dtype="float32")
-    if cos is None:
+    if cos is None or sin is None:
         cpu.array_of(out)[...] = x.transpose(1, 0, 2)
     else:
         cpu.rotate(x.transpose(1, 0, 2), cos, sin, cpu.array_of(out))

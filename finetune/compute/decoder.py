@@ -27,6 +27,7 @@ import paddle.nn.functional as F  # noqa: E402
 
 from finetune.compute.memory import array_of  # noqa: E402
 from finetune.compute.packed import PackedLinear, Steps  # noqa: E402
+from finetune.model.build import body_of, causal_lm, config_of  # noqa: E402
 
 # The cache grows by this many positions: one copy of the cache per 128 tokens, and no memory for tokens never made.
 _BLOCK = 128
@@ -114,14 +115,11 @@ class Decoder:
     """
 
     def __init__(self, model):
-        causal = model if hasattr(model, "qwen2") else model.model
-        config = causal.config
-        self.body, self.lm_head = causal.qwen2, causal.lm_head
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.context = int(config.max_position_embeddings)
-        self.vocab_size = int(config.vocab_size)
+        causal, config = causal_lm(model), config_of(model)
+        self.body, self.lm_head = body_of(model), causal.lm_head
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.context, self.vocab_size = config.max_position_embeddings, config.vocab_size
         self.dtype = self.body.embed_tokens.weight.dtype
         # PaddleNLP shrinks float16 scores before the product and restores them in float32, against overflow.
         self.shrink = 32.0 if self.dtype == paddle.float16 else 1.0
@@ -175,7 +173,8 @@ class Decoder:
                 logits = self._logits(self._forward(ids[:, None], cache.lengths, cache)[:, 0])
             else:
                 self._make_room(cache, int(cache.lengths.max()) + 1)
-                logits = self._steps(ids, cache, tuple(array_of(t)[cache.lengths] for t in (self._cos, self._sin)))
+                cos, sin = (array_of(table)[cache.lengths] for table in (self._cos, self._sin))
+                logits = self._steps(ids, cache, (cos, sin))
             cache.lengths = cache.lengths + 1
             return logits
 
@@ -215,7 +214,8 @@ class Decoder:
             q = self._rotate(layer.q(x).reshape(q_shape), *turn_q)
             paddle.scatter_(keys, slots, self._rotate(layer.k(x).reshape([-1, self.head_dim]), *turn_k))
             paddle.scatter_(values, slots, layer.v(x).reshape([-1, self.head_dim]))
-            mixed = self._attend(q, *(cache.part(stored, first, rows, seen) for stored in (keys, values)), mask)
+            keys, values = (cache.part(stored, first, rows, seen) for stored in (keys, values))
+            mixed = self._attend(q, keys, values, mask)
             hidden = hidden + layer.o(mixed)
             x = layer.middle_norm(hidden)
             hidden = hidden + layer.down(F.silu(layer.gate(x)) * layer.up(x))

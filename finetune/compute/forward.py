@@ -13,17 +13,13 @@ from finetune.compute.attention import context_of
 from finetune.compute.layers import prepare_layers
 from finetune.compute.layout import Layout
 from finetune.compute.limits import CHUNK_ELEMENTS
+from finetune.model.build import body_of, causal_lm
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 import paddle  # noqa: E402
 import paddle.nn.functional as F  # noqa: E402
 from paddle.autograd import PyLayer  # noqa: E402
-
-
-def causal_lm(model):
-    """The Qwen2ForCausalLM inside a LoRA wrapper, or the model itself."""
-    return model.model if hasattr(model, "lora_config") else model
 
 
 def token_logps(model, layout: Layout) -> paddle.Tensor:
@@ -72,7 +68,7 @@ def _scored_hidden(model, layout: Layout) -> paddle.Tensor:
     """Last hidden states at the scored positions, [N, hidden]."""
     lm = causal_lm(model)
     prepare_layers(lm)
-    hidden = lm.qwen2(
+    hidden = body_of(lm)(
         input_ids=paddle.to_tensor(layout.input_ids),
         position_ids=paddle.to_tensor(layout.position_ids),
         attn_mask_startend_row_indices=context_of(lm, layout),

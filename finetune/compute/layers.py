@@ -11,6 +11,7 @@ import numpy as np
 
 from finetune.compute import cpu, gpu
 from finetune.compute.attention import attention_forward
+from finetune.model.build import body_of
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
@@ -28,9 +29,10 @@ def prepare_layers(lm) -> None:
     Args:
         lm: Qwen2ForCausalLM, its adapter (if any) already in place.
     """
-    if isinstance(lm.qwen2.norm.forward, partial):
+    body = body_of(lm)
+    if isinstance(body.norm.forward, partial):
         return
-    for layer in lm.qwen2.layers:
+    for layer in body.layers:
         layer.self_attn.forward = partial(attention_forward, layer.self_attn)
         layer.mlp.forward = partial(mlp_forward, layer.mlp)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
@@ -38,7 +40,7 @@ def prepare_layers(lm) -> None:
     for module in lm.sublayers():
         if isinstance(module, LoRALinear):
             module.forward = partial(lora_linear, module)
-    lm.qwen2.norm.forward = partial(rms_norm, lm.qwen2.norm)
+    body.norm.forward = partial(rms_norm, body.norm)
 
 
 def rms_norm(norm, x):

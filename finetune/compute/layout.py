@@ -11,7 +11,7 @@ at `predict_index` and scored against `targets`; the shift by one is made here a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -94,7 +94,7 @@ class _Row:
         self.length = 0
         self.num_owners = 0
 
-    def append(self, ids: np.ndarray, prefix: tuple[int, int] | None = None) -> int:
+    def append(self, ids: Sequence[int] | np.ndarray, prefix: tuple[int, int] | None = None) -> int:
         """Add a span of tokens; return its start."""
         start, stop = self.length, self.length + len(ids)
         first = prefix[1] - prefix[0] if prefix else 0
@@ -104,7 +104,7 @@ class _Row:
         self.length = stop
         return start
 
-    def score(self, predict: np.ndarray, targets: np.ndarray) -> None:
+    def score(self, predict: np.ndarray, targets: Sequence[int] | np.ndarray) -> None:
         """Score a sequence: `targets` read at `predict`."""
         self.predict.append(np.asarray(predict, np.int64))
         self.targets.append(np.asarray(targets, np.int64))
@@ -182,7 +182,8 @@ def lay_out_continuations(groups: list[list[tuple[Sequence[int], Sequence[int]]]
         common = _common_length([ids for ids, _ in group])
         start = row.append(group[0][0][:common]) if common else row.length
         prefix = (start, start + common) if common else None
-        starts = {(): start + common}  # where the rest of an input stands; equal rests stand once
+        # Where the rest of an input stands; equal rests stand once.
+        starts: dict[tuple[int, ...], int] = {(): start + common}
         for ids, continuation in group:
             rest = tuple(ids[common:])
             if rest not in starts:
@@ -192,7 +193,8 @@ def lay_out_continuations(groups: list[list[tuple[Sequence[int], Sequence[int]]]
     return row.layout()
 
 
-def _common_length(rows: list[Sequence[int]]) -> int:
+def _common_length(rows: Iterable[Sequence[int]]) -> int:
     """Tokens that all rows begin with."""
-    first, last = min(rows), max(rows)  # what these share, all between them do
+    lists = [list(row) for row in rows]
+    first, last = min(lists), max(lists)  # what these share, all between them do
     return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))

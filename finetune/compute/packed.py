@@ -22,21 +22,29 @@ _bring_up()
 
 import paddle  # noqa: E402
 
+from finetune.model.build import body_of, config_of  # noqa: E402
+from finetune.model.family import ATTENTION, MLP  # noqa: E402
+
 # Values of MKL's enumerations (mkl_cblas.h).
 _ROW_MAJOR, _AS_IS, _TURNED, _PACKED, _B_MATRIX = 101, 111, 112, 151, 162
 _ALIGNMENT = 64  # bytes
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @lru_cache(maxsize=1)
-def _mkl() -> ctypes.CDLL | None:
+def _found_mkl() -> ctypes.CDLL | None:
     """The MKL that Paddle brings and has loaded; none on processors other than x86-64."""
     try:
         library = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libmklml_intel.so"))
         library.cblas_sgemm_pack_get_size.restype = ctypes.c_size_t
     except (OSError, AttributeError):
         return None
+    return library
+
+
+def _mkl() -> ctypes.CDLL:
+    library = _found_mkl()
+    if library is None:
+        raise RuntimeError("there is no MKL here: what needs it is not reached without")
     return library
 
 
@@ -47,13 +55,12 @@ def pack(model) -> None:
     layers, and a machine without MKL. A tied head is packed beside the embedding, which stays for looking tokens up:
     vocabulary x hidden size x 4 bytes more.
     """
-    if not hasattr(model, "qwen2"):
-        return
-    owners = [(layer.self_attn, name) for layer in model.qwen2.layers for name in _ATTENTION]
-    owners += [(layer.mlp, name) for layer in model.qwen2.layers for name in _MLP]
-    weight = model.qwen2.embed_tokens.weight
+    body = body_of(model)
+    owners = [(layer.self_attn, name) for layer in body.layers for name in ATTENTION]
+    owners += [(layer.mlp, name) for layer in body.layers for name in MLP]
+    weight = body.embed_tokens.weight
     plain = all(type(getattr(owner, name)) is paddle.nn.Linear for owner, name in owners)
-    if not (plain and weight.place.is_cpu_place() and weight.dtype == paddle.float32 and _mkl()):
+    if not (plain and weight.place.is_cpu_place() and weight.dtype == paddle.float32 and _found_mkl()):
         return
     proven: set[tuple[int, int]] = set()
     with paddle.no_grad():
@@ -132,9 +139,9 @@ class Steps:
     """
 
     def __init__(self, model):
-        config, body = model.config, model.qwen2
+        config, body = config_of(model), body_of(model)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._head_dim = config.hidden_size // self._heads
+        self._head_dim = config.head_dim
         self._width, self._inner = config.hidden_size, config.intermediate_size
         self._epsilon = body.norm.variance_epsilon
         self._embedding, self._last_norm, self._head = (
@@ -145,9 +152,9 @@ class Steps:
         self._layers = [
             (
                 _norm(layer.input_layernorm),
-                *(getattr(layer.self_attn, name) for name in _ATTENTION),
+                *(getattr(layer.self_attn, name) for name in ATTENTION),
                 _norm(layer.post_attention_layernorm),
-                *(getattr(layer.mlp, name) for name in _MLP),
+                *(getattr(layer.mlp, name) for name in MLP),
             )
             for layer in body.layers
         ]

@@ -14,7 +14,8 @@ from finetune.errors import ArgumentError, FinetuneError
 from finetune.files import check_new, new_folder, write_json
 from finetune.model.adapters import peft_config
 from finetune.model.config import DTYPES
-from finetune.model.convert import EMBEDDING, modules, peft_name
+from finetune.model.convert import peft_name
+from finetune.model.family import EMBEDDING
 from finetune.model.pickled import unpickled
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import write_tensors
@@ -120,7 +121,8 @@ def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Writte
         return _write_peft(source, folder, dtype)
     weights = stored_weights(source)
     if dtype == "auto":
-        dtype = weights[EMBEDDING].dtype.name if weights[EMBEDDING].dtype.name in DTYPES else "float32"
+        stored = weights[f"{EMBEDDING}.weight"].dtype.name
+        dtype = stored if stored in DTYPES else "float32"
     if format == "gguf":
         from finetune.export.gguf import write_gguf
 
@@ -130,24 +132,24 @@ def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Writte
         write = write_hf if format == "hf" else write_paddle
         write(source.config, weights, folder, dtype=dtype, tokenizer=_companions(source))
     merged = None
-    if source.lora:
+    if source.base and source.lora:
         merged = f"adapter of rank {source.lora.rank} merged into {source.base.name}"
     return _written(folder, format, dtype, [weight.shape for weight in weights.values()], merged)
 
 
 def _write_peft(source: ModelSource, folder: Path, dtype: str) -> Written:
     """An adapter of either layout, as PEFT has it."""
-    adapter, settings = open_adapter(source)
+    (adapter, settings), base = open_adapter(source), source.base or source
     if dtype == "auto":
         dtype = next(iter(adapter.values())).dtype.name
     tensors = {}
     for name, weight in adapter.items():
         module, _, part = name.rpartition(".")
-        tensors[peft_name(module, part)] = promise(weight, name, dtype, turn=False)
-    targets = short_names([name.rpartition(".")[0] for name in adapter if name.endswith("A")], modules(source.config))
+        tensors[peft_name(module, part)] = promise(weight, name, dtype)
+    targets = short_names([name.rpartition(".")[0] for name in adapter if name.endswith("A")], source.config.linears)
     with new_folder(folder) as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
-        write_json(partial / "adapter_config.json", peft_config(settings, source.base.hub_or_folder, targets))
+        write_json(partial / "adapter_config.json", peft_config(settings, base.hub_or_folder, targets))
         write_companions(partial, source.config, _companions(source))
     return _written(folder, "peft", dtype, [weight.shape for weight in adapter.values()], None)
 
@@ -163,8 +165,8 @@ def _written(folder: Path, format: str, dtype: str, shapes: list[tuple[int, ...]
 
 
 def _summary(written: Written) -> str:
-    size = written.size / 2**30
-    size = f"{size:.2f} GiB" if size >= 1 else f"{written.size / 2**20:.1f} MiB"
+    gib = written.size / 2**30
+    size = f"{gib:.2f} GiB" if gib >= 1 else f"{written.size / 2**20:.1f} MiB"
     merged = f", {written.merged}" if written.merged else ""
     return (
         f"Wrote {written.folder} ({written.format}): {written.tensors} tensors, {written.parameters:,} parameters, "

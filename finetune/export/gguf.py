@@ -14,7 +14,7 @@ import numpy as np
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.files import new_folder
-from finetune.model.convert import hf_shapes
+from finetune.model.family import Architecture
 from finetune.model.weights import Weight, numpy_dtype
 from finetune.model.write import cast, generation_config
 
@@ -23,7 +23,7 @@ _FILE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "
 
 
 def write_gguf(
-    facts: dict,
+    config: Architecture,
     weights: dict[str, Weight],
     folder: str | Path,
     *,
@@ -35,7 +35,7 @@ def write_gguf(
     """Write `folder/model-<DTYPE>.gguf`, one tensor in memory at a time.
 
     Args:
-        facts: The model's, as `config.read_config` gives them.
+        config: The model's description.
         weights: By Hugging Face name.
         folder: Must not exist, or be empty.
         dtype: float32, float16, bfloat16 or q8_0.
@@ -49,10 +49,10 @@ def write_gguf(
     """
     gguf = _package()
     with new_folder(Path(folder)) as partial:
-        writer = gguf.GGUFWriter(partial / f"model-{_FILE_NAMES[dtype]}.gguf", "qwen2")
-        _add_facts(writer, gguf, facts, dtype, name)
-        _add_tokenizer(writer, gguf, facts, tokenizer, generation)
-        names = _names(gguf, facts)
+        writer = gguf.GGUFWriter(partial / f"model-{_FILE_NAMES[dtype]}.gguf", config.GGUF)
+        _add_sizes(writer, gguf, config, dtype, name)
+        _add_tokenizer(writer, gguf, config, tokenizer, generation)
+        names = _names(gguf, config)
         kinds = {name: _kind(name, weight.shape, dtype) for name, weight in weights.items()}
         for name, weight in weights.items():
             kind = gguf.GGMLQuantizationType[_FILE_NAMES[kinds[name]]]
@@ -71,7 +71,7 @@ def write_gguf(
         writer.close()
 
 
-def read_gguf(facts: dict, folder: Path) -> dict[str, Weight]:
+def read_gguf(config: Architecture, folder: Path) -> dict[str, Weight]:
     """The weights of a file that `write_gguf` wrote, made float32 again, by Hugging Face name.
 
     Raises:
@@ -80,7 +80,7 @@ def read_gguf(facts: dict, folder: Path) -> dict[str, Weight]:
     gguf = _package()
     path = next(folder.glob("*.gguf"))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    names, shapes = _names(gguf, facts), hf_shapes(facts)
+    names, shapes = _names(gguf, config), config.shapes
     if set(tensors) != set(names.values()):
         raise CheckpointError(f"tensors differ: {sorted(set(tensors) ^ set(names.values()))[:5]}", where=str(path))
 
@@ -103,10 +103,11 @@ def _package():
     return gguf
 
 
-def _names(gguf, facts: dict) -> dict[str, str]:
+def _names(gguf, config: Architecture) -> dict[str, str]:
     """Hugging Face name -> GGUF name."""
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, facts["num_hidden_layers"])
-    return {name: table.get_name(name, (".weight", ".bias")) for name in hf_shapes(facts)}
+    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == config.GGUF)
+    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    return {name: table.get_name(name, (".weight", ".bias")) for name in config.shapes}
 
 
 def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
@@ -123,23 +124,23 @@ def _encoded(gguf, array: np.ndarray, kind: str, name: str) -> np.ndarray:
     return array.view(np.uint8) if kind == "bfloat16" else array
 
 
-def _add_facts(writer, gguf, facts: dict, dtype: str, name: str) -> None:
+def _add_sizes(writer, gguf, config: Architecture, dtype: str, name: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_context_length(facts["max_position_embeddings"])
-    writer.add_embedding_length(facts["hidden_size"])
-    writer.add_block_count(facts["num_hidden_layers"])
-    writer.add_feed_forward_length(facts["intermediate_size"])
-    writer.add_head_count(facts["num_attention_heads"])
-    writer.add_head_count_kv(facts["num_key_value_heads"])
-    writer.add_rope_freq_base(facts["rope_theta"])
-    writer.add_layer_norm_rms_eps(facts["rms_norm_eps"])
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     kind = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[dtype]
     writer.add_file_type(gguf.LlamaFileType[kind])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer, gguf, facts: dict, folder: Path, generation: Path | None) -> None:
+def _add_tokenizer(writer, gguf, config: Architecture, folder: Path, generation: Path | None) -> None:
     """Vocabulary, merges, special tokens and the chat template. Ids the tokenizer does not use become [PADn]."""
     tokenizer = Tokenizer.from_folder(folder)
     content = json.loads(tokenizer.backend.to_str())
@@ -147,7 +148,7 @@ def _add_tokenizer(writer, gguf, facts: dict, folder: Path, generation: Path | N
     tokens = {number: text for text, number in content["model"]["vocab"].items()} | {
         number: token["content"] for number, token in added.items()
     }
-    size, kinds = facts["vocab_size"], gguf.TokenType
+    size, kinds = config.vocab_size, gguf.TokenType
     if max(tokens) >= size:
         raise CheckpointError(f"the tokenizer has ids up to {max(tokens)}, the model knows {size}", where=str(folder))
 
@@ -160,15 +161,15 @@ def _add_tokenizer(writer, gguf, facts: dict, folder: Path, generation: Path | N
 
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(config.GGUF_TOKENIZER)
     writer.add_token_list([tokens.get(number, f"[PAD{number}]") for number in range(size)])
     writer.add_token_types([kind(number) for number in range(size)])
     writer.add_token_merges(merges)
-    stops = generation_config(facts, folder, generation).get("eos_token_id") or [tokenizer.eos_token_id]
+    stops = generation_config(config, folder, generation).get("eos_token_id") or [tokenizer.eos_token_id]
     writer.add_eos_token_id(stops[0])
     # Left out, llama.cpp takes 11 for it, which is a comma.
     starts = [number for number, token in added.items() if token["content"] == "<|endoftext|>"]
-    bos = facts["bos_token_id"] if facts["bos_token_id"] is not None else next(iter(starts), None)
+    bos = config.bos_token_id if config.bos_token_id is not None else next(iter(starts), None)
     if bos is not None:
         writer.add_bos_token_id(bos)
     writer.add_pad_token_id(tokenizer.pad_token_id)

@@ -12,7 +12,8 @@ _bring_up()
 
 import paddle  # noqa: E402
 
-from finetune.model.load import LoadedModel, build_model, fill, load_model  # noqa: E402
+from finetune.model.build import build_model, fill  # noqa: E402
+from finetune.model.load import LoadedModel, load_model  # noqa: E402
 from finetune.model.resolve import ModelSource  # noqa: E402
 
 PROMPTS, LENGTH = 4, 32
@@ -31,7 +32,7 @@ def compare(source: ModelSource, folder: Path, format: str, dtype: str) -> tuple
     Returns:
         (difference, limit), in logits.
     """
-    prompts = fixed_prompts(source.config["vocab_size"])
+    prompts = fixed_prompts(source.config.vocab_size)
     expected = _logits(load_model(source, dtype="float32"), prompts)
     loaded = load_gguf(source, folder) if format == "gguf" else load_model(folder, dtype="float32")
     difference = float(np.abs(_logits(loaded, prompts) - expected).max())

@@ -68,7 +68,7 @@ def generate(
     sampling = _sampling(max_new_tokens, temperature, top_p, top_k, seed)
     _check_arguments(prompt, input, output, system, batch_size, raw)
     source = resolve_model(model)
-    reader = PromptReader(open_tokenizer(source), source.config["max_position_embeddings"], raw, system)
+    reader = PromptReader(open_tokenizer(source), source.config.max_position_embeddings, raw, system)
     if prompt is not None:
         asked = reader.read({"prompt": prompt}, "--prompt")
         engine = open_model(source, pack=True).engine

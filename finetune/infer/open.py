@@ -81,9 +81,9 @@ def read_generation_config(source: ModelSource) -> dict[str, Any]:
         CheckpointError: the file is not a JSON object, or has a value that makes no sense.
     """
     config: dict[str, Any] = config_of(source.generation_file) if source.generation_file else {}
-    for name in ("eos_token_id", "pad_token_id"):
-        if config.get(name) is None:
-            config[name] = source.config.get(name)
-    ends = config["eos_token_id"]
-    config["eos_token_id"] = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    if config.get("pad_token_id") is None:
+        config["pad_token_id"] = source.config.pad_token_id
+    ends = config.get("eos_token_id")
+    ends = source.config.eos_token_ids if ends is None else ends
+    config["eos_token_id"] = [ends] if isinstance(ends, int) else list(ends)
     return config

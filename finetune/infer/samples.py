@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from finetune.chat.tokenizer import Tokenizer
 from finetune.infer.engine import Engine
 from finetune.infer.sampling import Sampling
+from finetune.model.build import config_of
 
 MAX_NEW_TOKENS = 64
 
@@ -18,7 +19,7 @@ def answer(model, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> lis
         model: Qwen2ForCausalLM, with or without adapter. Left in the mode it was in.
         prompts: Token ids, each ending with the generation header.
     """
-    room = model.config.max_position_embeddings - MAX_NEW_TOKENS
+    room = config_of(model).max_position_embeddings - MAX_NEW_TOKENS
     outputs = Engine(model, tokenizer).generate(
         [list(map(int, prompt))[-room:] for prompt in prompts], Sampling(max_new_tokens=MAX_NEW_TOKENS)
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from finetune.errors import ArgumentError, CheckpointError, Fault, did_you_mean
-from finetune.model.convert import PROJECTIONS
+from finetune.model.family import ADAPTABLE
 from finetune.model.hubs.hub import parse_repo
 
-VARIANTS = ("lora", "rslora", "lora_plus", "pissa")
+Variant = Literal["lora", "rslora", "lora_plus", "pissa"]
 LORA_PLUS_RATIO = 16.0  # B learns 16 times as fast as A: Hayou et al. 2024, arXiv:2402.12354, section 5
 
 
@@ -32,7 +33,7 @@ class LoraSettings:
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
-    variant: str = "lora"
+    variant: Variant = "lora"
     lora_plus_ratio: float | None = None
 
     def __post_init__(self) -> None:
@@ -53,19 +54,18 @@ class LoraSettings:
         return replace(self, variant="rslora" if self.variant == "rslora" else "lora", lora_plus_ratio=1.0)
 
 
-def target_names(settings: LoraSettings, names: Iterable[str]) -> list[str]:
-    """Those of the model's modules that the settings ask for.
+def target_names(targets: str | Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those of the model's modules that `target_modules` asks for.
 
     Raises:
         ArgumentError: a name that no module has, with the nearest one.
     """
     names = list(names)
-    targets = settings.target_modules
     if targets == "all-linear":
         return names
     targets = (targets,) if isinstance(targets, str) else targets
     faults = [
-        Fault(f"no module is called {target!r}", "lora.target_modules", did_you_mean(target, PROJECTIONS, _choice()))
+        Fault(f"no module is called {target!r}", "lora.target_modules", did_you_mean(target, ADAPTABLE, _choice()))
         for target in targets
         if not any(_matches(name, target) for name in names)
     ]
@@ -79,7 +79,7 @@ def _matches(name: str, target: str) -> bool:
 
 
 def _choice() -> str:
-    return f"Known are all-linear and {', '.join(PROJECTIONS)}."
+    return f"Known are all-linear and {', '.join(ADAPTABLE)}."
 
 
 # Keys of PEFT's LoraConfig that do not change the numbers of a loaded adapter. `True` and "gaussian" are ways of
@@ -114,7 +114,7 @@ _FIXES = {
 }
 
 
-def parse_peft_config(raw: dict, where: Path) -> LoraSettings:
+def parse_peft_config(raw: dict[str, Any], where: Path) -> LoraSettings:
     """Settings of a PEFT adapter; target_modules is empty where the config has a regular expression (never evaluated:
     it is a stranger's, and the tensors say the same).
 
@@ -136,18 +136,20 @@ def parse_peft_config(raw: dict, where: Path) -> LoraSettings:
             faults.append(Fault(f"{key[:50]} {str(value)[:80]!r} is not supported", str(where), _FIXES.get(key)))
     if raw.get("task_type") not in (None, "CAUSAL_LM"):
         faults.append(Fault(f"task_type is {str(raw['task_type'])[:50]!r}", str(where), "Only CAUSAL_LM."))
-    targets = raw.get("target_modules")
-    if isinstance(targets, str):
-        targets = targets if targets == "all-linear" else ()
+    named = raw.get("target_modules")
+    targets: str | tuple[str, ...] = ()
+    if isinstance(named, str):
+        targets = named if named == "all-linear" else ()
     elif raw.get("layers_to_transform") is not None or raw.get("exclude_modules"):
         targets = ()
-    elif not (isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets)):
+    elif isinstance(named, list) and named and all(isinstance(target, str) for target in named):
+        targets = tuple(named)
+    else:
         faults.append(Fault("target_modules is not a list of names", str(where)))
-        targets = "all-linear"
     return _settings(raw, where, faults, targets, rslora=bool(raw.get("use_rslora")))
 
 
-def parse_paddle_config(raw: dict, where: Path) -> LoraSettings:
+def parse_paddle_config(raw: dict[str, Any], where: Path) -> LoraSettings:
     """Settings of a PaddleNLP LoRA adapter, target_modules empty: PaddleNLP has regular expressions there.
 
     Raises:
@@ -164,8 +166,12 @@ def parse_paddle_config(raw: dict, where: Path) -> LoraSettings:
     return _settings(raw, where, faults, (), rslora=bool(raw.get("rslora")))
 
 
-def _settings(raw: dict, where: Path, faults: list[Fault], targets, *, rslora: bool) -> LoraSettings:
-    rank, alpha, dropout = raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout", 0.0) or 0.0
+def _settings(
+    raw: dict[str, Any], where: Path, faults: list[Fault], targets: str | tuple[str, ...], *, rslora: bool
+) -> LoraSettings:
+    rank: Any = raw.get("r")
+    alpha: Any = raw.get("lora_alpha")
+    dropout: Any = raw.get("lora_dropout", 0.0) or 0.0
     if type(rank) is not int or not 1 <= rank <= 65536:
         faults.append(Fault(f"r is {str(rank)[:50]!r}", str(where), "A positive integer."))
     if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
@@ -177,7 +183,7 @@ def _settings(raw: dict, where: Path, faults: list[Fault], targets, *, rslora: b
     return LoraSettings(rank, float(alpha), float(dropout), targets, "rslora" if rslora else "lora")
 
 
-def peft_config(settings: LoraSettings, base: str, targets: list[str]) -> dict:
+def peft_config(settings: LoraSettings, base: str, targets: list[str]) -> dict[str, Any]:
     """adapter_config.json for settings as saved (see `LoraSettings.saved`).
 
     Args:

@@ -1,24 +1,15 @@
-"""config.json of a Qwen2 model: checked, completed with the defaults, and written for every reader. No paddle here."""
+"""config.json of a model: checked, completed with the defaults, and written for every reader. No paddle here."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from finetune.errors import CheckpointError, Fault, did_you_mean
 from finetune.files import read_json
+from finetune.model.family import FAMILIES, Architecture, supported
 
-# Name, default (transformers' and PaddleNLP's agree), smallest, largest. The bounds keep a hostile file from asking
-# for more than any Qwen2 needs; the tensors themselves are compared with these numbers before anything is built.
-_SIZES = {
-    "vocab_size": (151936, 1, 2**24),
-    "hidden_size": (4096, 1, 2**20),
-    "intermediate_size": (22016, 1, 2**22),
-    "num_hidden_layers": (32, 1, 1024),
-    "num_attention_heads": (32, 1, 4096),
-    "num_key_value_heads": (32, 1, 4096),
-    "max_position_embeddings": (32768, 1, 2**31),
-}
-_NUMBERS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "attention_dropout": 0.0}
 _GENERATION = {
     "do_sample": ((bool,), 0, 1),
     "temperature": ((int, float), 0, 1e6),
@@ -35,47 +26,58 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def read_config(raw: dict, where: Path) -> dict:
-    """Check a config.json and return the facts of the model, all faults at once.
-
-    Returns:
-        `architectures, model_type, vocab_size, hidden_size, ..., rope_theta, tie_word_embeddings`, token ids as found,
-        and `dtype` (None where the file does not say). Keys that change nothing for Qwen2 are left out.
+def read_config(raw: dict[str, Any], where: Path) -> Architecture:
+    """Check a config.json and describe the model, all faults at once. Keys that change nothing are left out.
 
     Raises:
-        CheckpointError: not a Qwen2 model, a value of the wrong type or size, or a feature that is not supported.
+        CheckpointError: of no family that is supported, a value of the wrong type or size, or a feature that is not
+            supported.
     """
     model_type = raw.get("model_type")
-    if model_type != "qwen2":
-        fix = "Qwen2 and Qwen2.5 models (model_type 'qwen2') are supported."
-        raise CheckpointError(f"model_type is {str(model_type)[:50]!r}", where=str(where), fix=fix)
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise CheckpointError(f"model_type is {str(model_type)[:50]!r}", where=str(where), fix=supported())
     faults: list[Fault] = []
-    config: dict = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
-    for name, (default, low, high) in _SIZES.items():
-        config[name] = value = default if raw.get(name) is None else raw[name]
-        if name == "num_key_value_heads" and raw.get(name) is None:
-            config[name] = value = raw.get("num_attention_heads", default)
-        if type(value) is not int or not low <= value <= high:
-            faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(where), f"An integer from {low} to {high}."))
-            config[name] = 1
-    for name, default in _NUMBERS.items():
-        config[name] = value = raw.get(name, default)
-        if type(value) not in (int, float) or not 0 <= value < 1:
-            faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(where), "A number from 0 to 1."))
-    tied = config["tie_word_embeddings"] = raw.get("tie_word_embeddings", False)
+    values = _sizes(family, raw, where, faults) | _shares(family, raw, where, faults)
+    values["tie_word_embeddings"] = tied = raw.get("tie_word_embeddings", False)
     if type(tied) is not bool:
         faults.append(Fault(f"tie_word_embeddings is {str(tied)[:50]!r}", str(where), "true or false."))
-    config |= {name: raw.get(name) for name in _TOKENS}
+    for name in _TOKENS:
+        found = raw.get(name)
+        values[name] = tuple(found) if isinstance(found, list) else found
     faults += _wrong_tokens(raw, where)
-    config["dtype"] = _dtype(raw, where, faults)
-    config["rope_theta"] = _rope_theta(raw, where, faults)
+    values["dtype"] = _dtype(raw, where, faults)
+    values["rope_theta"] = _rope_theta(raw, where, faults)
+    config = family(**values)
     faults += _unsupported(raw, config, where)
     if faults:
         raise CheckpointError.of(faults)
     return config
 
 
-def _wrong_tokens(raw: dict, where: Path) -> list[Fault]:
+def _sizes(family: type[Architecture], raw: dict[str, Any], where: Path, faults: list[Fault]) -> dict[str, Any]:
+    """The integers; 1 for those that are wrong, so that the rest can be checked."""
+    values: dict[str, Any] = {}
+    for name, (default, largest) in family.sizes().items():
+        if name == "num_key_value_heads":
+            default = raw.get("num_attention_heads", default)
+        values[name] = value = default if raw.get(name) is None else raw[name]
+        if type(value) is not int or not 1 <= value <= largest:
+            faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(where), f"An integer from 1 to {largest}."))
+            values[name] = 1
+    return values
+
+
+def _shares(family: type[Architecture], raw: dict[str, Any], where: Path, faults: list[Fault]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, default in family.shares().items():
+        values[name] = value = raw.get(name, default)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            faults.append(Fault(f"{name} is {str(value)[:50]!r}", str(where), "A number from 0 to 1."))
+    return values
+
+
+def _wrong_tokens(raw: dict[str, Any], where: Path) -> list[Fault]:
     faults = []
     for name in _TOKENS:
         value = raw.get(name)
@@ -87,7 +89,7 @@ def _wrong_tokens(raw: dict, where: Path) -> list[Fault]:
     return faults
 
 
-def read_generation_config(path: Path) -> dict:
+def read_generation_config(path: Path) -> dict[str, Any]:
     """Read and check a generation_config.json; keys that nobody here reads may hold anything.
 
     Raises:
@@ -104,7 +106,7 @@ def read_generation_config(path: Path) -> dict:
     return raw
 
 
-def _dtype(raw: dict, where: Path, faults: list[Fault]) -> str | None:
+def _dtype(raw: dict[str, Any], where: Path, faults: list[Fault]) -> str | None:
     value = raw.get("dtype") or raw.get("torch_dtype")  # transformers 5, transformers 4
     if value is None or value in DTYPES:
         return value
@@ -113,7 +115,7 @@ def _dtype(raw: dict, where: Path, faults: list[Fault]) -> str | None:
     return None
 
 
-def _rope_theta(raw: dict, where: Path, faults: list[Fault]) -> float:
+def _rope_theta(raw: dict[str, Any], where: Path, faults: list[Fault]) -> float:
     """The base of the rotary embedding: in `rope_parameters` (transformers 5) or `rope_theta` (4)."""
     parameters = raw.get("rope_parameters")
     places = (parameters if isinstance(parameters, dict) else {}, raw)
@@ -127,9 +129,9 @@ def _rope_theta(raw: dict, where: Path, faults: list[Fault]) -> float:
     return values[0]
 
 
-def _unsupported(raw: dict, config: dict, where: Path) -> list[Fault]:
-    """Features that would change the numbers and that PaddleNLP's Qwen2 does not compute."""
-    faults = []
+def _unsupported(raw: dict[str, Any], config: Architecture, where: Path) -> list[Fault]:
+    """Features that would change the numbers and that nothing here computes."""
+    faults: list[Fault] = []
 
     def refuse(what: str, fix: str | None = None) -> None:
         faults.append(Fault(f"{what} is not supported", str(where), fix))
@@ -146,50 +148,54 @@ def _unsupported(raw: dict, config: dict, where: Path) -> list[Fault]:
     layers = raw.get("layer_types")
     if raw.get("use_sliding_window") or (isinstance(layers, list) and set(map(str, layers)) - {"full_attention"}):
         refuse("sliding window attention", "use_sliding_window must be false.")
-    if raw.get("hidden_act", "silu") != "silu":
-        refuse(f"hidden_act {str(raw['hidden_act'])[:50]!r}", "Qwen2 uses silu.")
+    if raw.get("hidden_act", config.ACTIVATION) != config.ACTIVATION:
+        refuse(f"hidden_act {str(raw['hidden_act'])[:50]!r}", f"Only {config.ACTIVATION} is.")
     quantized = raw.get("quantization_config")  # PaddleNLP gives every model one, with no algorithm in it
     if quantized and not (isinstance(quantized, dict) and quantized.get("weight_quantize_algo", "") is None):
         refuse("a quantized model", "Use the original one.")
-    if raw.get("attention_bias") is False or raw.get("mlp_bias"):
-        refuse("another choice of biases than Qwen2's")
     for fused in ("fuse_attention_qkv", "fuse_attention_ffn"):
         if raw.get(fused):
             refuse(f"{fused} (projections stored as one matrix)", "Save the model with it switched off.")
-    hidden, heads, groups = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
-    if hidden % heads or (hidden // heads) % 2:
-        refuse(f"hidden_size {hidden} with {heads} heads", "Each head needs an even number of dimensions.")
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         refuse(f"{heads} heads with {groups} key-value heads", "The one must be a multiple of the other.")
-    if raw.get("head_dim") is not None and raw["head_dim"] != hidden // heads:
-        refuse(f"head_dim {str(raw['head_dim'])[:50]} other than hidden_size / heads")
+    for what, fix in config.refused(raw):
+        refuse(what, fix)
     return faults
 
 
-def hf_config(config: dict, dtype: str) -> dict:
+def _stored(config: Architecture) -> dict[str, Any]:
+    """What config.json says of the model in every layout. `head_dim` is not among it where it follows from the rest."""
+    values = {item.name: getattr(config, item.name) for item in fields(config) if item.name != "dtype"}
+    if "head_dim" not in config.sizes():
+        del values["head_dim"]
+    values["eos_token_id"] = list(eos) if isinstance(eos := config.eos_token_id, tuple) else eos
+    return values | {
+        "architectures": [config.ARCHITECTURE],
+        "model_type": config.MODEL_TYPE,
+        "hidden_act": config.ACTIVATION,
+    }
+
+
+def hf_config(config: Architecture, dtype: str) -> dict[str, Any]:
     """config.json as transformers 4 and 5 both read it: every fact under its old and its new name.
 
     Args:
-        config: As `read_config` returns it.
         dtype: Of the weights written beside it.
     """
-    rope = {"rope_theta": config["rope_theta"], "rope_type": "default"}
-    shared = {key: value for key, value in config.items() if key != "dtype"}
-    return shared | {
+    return _stored(config) | {
         "dtype": dtype,
         "torch_dtype": dtype,
-        "rope_parameters": rope,
-        "max_window_layers": config["num_hidden_layers"],
+        "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
+        "max_window_layers": config.num_hidden_layers,
         "sliding_window": None,
         "use_sliding_window": False,
         "use_cache": True,
     }
 
 
-def paddle_config(config: dict, dtype: str) -> dict:
-    """config.json as PaddleNLP reads it."""
-    shared = {key: value for key, value in config.items() if value is not None and key != "dtype"}
-    eos = config["eos_token_id"]
-    if isinstance(eos, list):  # PaddleNLP's config takes one; the list goes to generation_config.json
-        shared["eos_token_id"] = eos[0]
-    return shared | {"dtype": dtype, "use_sliding_window": False, "paddlenlp_version": None}
+def paddle_config(config: Architecture, dtype: str) -> dict[str, Any]:
+    """config.json as PaddleNLP reads it. It knows one end token; the others go to generation_config.json."""
+    stored = _stored(config) | {"eos_token_id": next(iter(config.eos_token_ids), None)}
+    known = {key: value for key, value in stored.items() if value is not None}
+    return known | {"dtype": dtype, "use_sliding_window": False, "paddlenlp_version": None}

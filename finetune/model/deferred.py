@@ -14,6 +14,7 @@ import importlib.util
 import sys
 import threading
 from types import ModuleType
+from typing import Any
 
 _PACKAGES = ("paddlenlp", "paddlenlp.peft")
 _lock = threading.RLock()
@@ -22,7 +23,7 @@ _lock = threading.RLock()
 class _Deferred(ModuleType):
     """A package whose `__init__` has not run. It has no `__path__`, so that importing a part of it asks here too."""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name == "__path__" or not name.startswith("__"):  # Python asks any module for names such as __wrapped__
             _run_all(self)
             if name in self.__dict__:
@@ -39,10 +40,11 @@ def _run_all(package: ModuleType) -> None:
 
 
 def _run(package: ModuleType) -> None:
-    if type(package) is _Deferred:
+    deferred, spec = type(package) is _Deferred, package.__spec__
+    if deferred and spec and spec.loader:
         package.__class__ = ModuleType  # what is missing while it runs is missing, as in any import
-        package.__path__ = package.__spec__.submodule_search_locations
-        package.__spec__.loader.exec_module(package)
+        package.__path__ = spec.submodule_search_locations or []
+        spec.loader.exec_module(package)
 
 
 def defer_paddlenlp() -> None:
@@ -62,7 +64,7 @@ def defer_paddlenlp() -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, package)
-    sys.modules["paddlenlp"].__version__ = importlib.metadata.version("paddlenlp")  # its parts ask for it
+    vars(sys.modules["paddlenlp"])["__version__"] = importlib.metadata.version("paddlenlp")  # its parts ask for it
     for part in ("data", "peft.lora"):  # `data` loads `transformers`; the other way round their circle does not close
         importlib.import_module(f"paddlenlp.{part}")
     for name in _PACKAGES:

@@ -1,4 +1,4 @@
-"""LoRA on PaddleNLP's LoRAModel: lora, rslora, lora_plus and pissa; merged, saved as PEFT, and loaded again.
+"""LoRA on PaddleNLP's LoRAModel: lora, rslora, lora_plus and pissa; added, merged, and attached from a folder.
 
 What differs from PaddleNLP: the random start comes from a seed of its own (the global state is not touched); PiSSA is
 computed here, since PaddleNLP's is computed in the first forward pass and its adapters reload wrong; merging works in
@@ -12,7 +12,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -25,13 +24,13 @@ from paddlenlp.peft.lora import LoRAConfig, LoRAModel  # noqa: E402
 from paddlenlp.peft.lora.lora_layers import LoRALinear  # noqa: E402
 
 from finetune.errors import ArgumentError, CheckpointError  # noqa: E402
-from finetune.files import new_folder, write_json  # noqa: E402
 from finetune.model import convert  # noqa: E402
-from finetune.model.adapters import LoraSettings, peft_config, target_names  # noqa: E402
-from finetune.model.load import as_numpy, empty_parameters, facts_of, name_of, set_parameter  # noqa: E402
-from finetune.model.resolve import ModelSource, resolve_model  # noqa: E402
-from finetune.model.tensorfile import Promise, write_tensors  # noqa: E402
-from finetune.model.weights import audit, merge, open_adapter, short_names  # noqa: E402
+from finetune.model.adapters import LoraSettings, target_names  # noqa: E402
+from finetune.model.build import causal_lm, config_of, dtype_of, empty_parameters  # noqa: E402
+from finetune.model.resolve import ModelSource  # noqa: E402
+from finetune.model.tensorfile import Array  # noqa: E402
+from finetune.model.tensors import as_numpy, set_parameter  # noqa: E402
+from finetune.model.weights import audit, merge, open_adapter  # noqa: E402
 
 __all__ = [
     "LoraSettings",
@@ -39,10 +38,8 @@ __all__ = [
     "adapter_state",
     "add_lora",
     "attach_adapter",
-    "load_peft",
     "lora_layers",
     "merge_lora",
-    "save_peft",
     "training_state",
 ]
 
@@ -56,7 +53,7 @@ class _Start:
 
 
 def add_lora(
-    model: paddle.nn.Layer, settings: LoraSettings, *, seed: int = 0, state: dict[str, np.ndarray] | None = None
+    model: paddle.nn.Layer, settings: LoraSettings, *, seed: int = 0, state: dict[str, Array] | None = None
 ) -> LoRAModel:
     """Put adapters into a model; only they are trainable afterwards.
 
@@ -77,8 +74,9 @@ def add_lora(
         ArgumentError: the settings name modules that the model does not have.
         CheckpointError: `state` does not fit the settings.
     """
-    names = target_names(settings, convert.modules(facts_of(model)))
-    if settings.rank > facts_of(model)["hidden_size"] and settings.variant == "pissa":
+    config = config_of(model)
+    names = target_names(settings.target_modules, config.linears)
+    if settings.rank > config.hidden_size and settings.variant == "pissa":
         raise ArgumentError(f"pissa cannot have rank {settings.rank}", where="lora.rank", fix="At most hidden_size.")
     wrapped = _wrap(model, settings, names)
     layers = lora_layers(wrapped)
@@ -99,7 +97,7 @@ def add_lora(
 
 def _wrap(model: paddle.nn.Layer, settings: LoraSettings, names: list[str]) -> LoRAModel:
     """PaddleNLP's LoRAModel over these modules, its weights unset but B = 0."""
-    paddle_names = [re.escape(convert.to_paddle(name)) for name in names]
+    paddle_names = [re.escape(config_of(model).paddle_name(name)) for name in names]
     config = LoRAConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -107,7 +105,7 @@ def _wrap(model: paddle.nn.Layer, settings: LoraSettings, names: list[str]) -> L
         target_modules=["|".join(paddle_names)],
         rslora=settings.variant == "rslora",
         lora_plus_scale=settings.lora_plus_ratio,
-        dtype=name_of(model.qwen2.embed_tokens.weight.dtype),
+        dtype=dtype_of(model),
     )
     state = paddle.get_rng_state()
     with empty_parameters(), paddle.utils.unique_name.guard():
@@ -119,11 +117,11 @@ def _wrap(model: paddle.nn.Layer, settings: LoraSettings, names: list[str]) -> L
 
 def lora_layers(model: LoRAModel) -> dict[str, LoRALinear]:
     """The layers with adapters by Hugging Face module name, in the order of the model."""
-    found = model.model.named_sublayers()
-    return {convert.to_hf(name): layer for name, layer in found if isinstance(layer, LoRALinear)}
+    found, config = causal_lm(model).named_sublayers(), config_of(model)
+    return {config.hf_name(name): layer for name, layer in found if isinstance(layer, LoRALinear)}
 
 
-def _start_pissa(layer: LoRALinear, name: str, state: dict[str, np.ndarray] | None) -> None:
+def _start_pissa(layer: LoRALinear, name: str, state: dict[str, Array] | None) -> None:
     """Split the weight into the adapter's start and a residual."""
     weight = as_numpy(layer.weight).astype(np.float32)
     if state is None:
@@ -139,7 +137,7 @@ def _start_pissa(layer: LoRALinear, name: str, state: dict[str, np.ndarray] | No
     set_parameter(layer.weight, merge(weight.T, A, B, -layer.scaling).T)
 
 
-def _check_state(state: dict[str, np.ndarray], layers: dict[str, LoRALinear], settings: LoraSettings) -> None:
+def _check_state(state: dict[str, Array], layers: dict[str, LoRALinear], settings: LoraSettings) -> None:
     parts = ("lora_A", "lora_B", "lora_A0", "lora_B0") if settings.variant == "pissa" else ("lora_A", "lora_B")
     expected = {
         f"{name}.{part}": tuple((layer.lora_A if "_A" in part else layer.lora_B).shape)
@@ -151,9 +149,9 @@ def _check_state(state: dict[str, np.ndarray], layers: dict[str, LoRALinear], se
         raise CheckpointError.of(faults)
 
 
-def training_state(model: LoRAModel) -> dict[str, np.ndarray]:
+def training_state(model: LoRAModel) -> dict[str, Array]:
     """All that `add_lora(..., state=...)` needs to go on: A and B now, and with pissa also at the start (A0, B0)."""
-    state = {}
+    state: dict[str, Array] = {}
     for name, layer in lora_layers(model).items():
         state |= {f"{name}.lora_A": as_numpy(layer.lora_A), f"{name}.lora_B": as_numpy(layer.lora_B)}
         if model.settings.variant == "pissa":
@@ -191,7 +189,7 @@ def merge_lora(model: LoRAModel) -> paddle.nn.Layer:
     Returns:
         The plain Qwen2ForCausalLM, the same object that was adapted; all its weights are trainable.
     """
-    plain = model.model
+    plain = causal_lm(model)
     parents = dict(plain.named_sublayers())
     for name, layer in parents.items():
         if not isinstance(layer, LoRALinear):
@@ -212,7 +210,7 @@ def merge_lora(model: LoRAModel) -> paddle.nn.Layer:
     return plain
 
 
-def adapter_state(model: LoRAModel) -> dict[str, np.ndarray]:
+def adapter_state(model: LoRAModel) -> dict[str, Array]:
     """The adapter's tensors under PEFT's names and in its layout, for the settings `model.settings.saved()`.
 
     A PiSSA adapter becomes a plain LoRA of rank 2r on the original weights: A' = [A; A0], B' = [B, -B0], so that
@@ -227,33 +225,6 @@ def adapter_state(model: LoRAModel) -> dict[str, np.ndarray]:
         state[convert.peft_name(name, "lora_A")] = np.ascontiguousarray(A)
         state[convert.peft_name(name, "lora_B")] = np.ascontiguousarray(B)
     return state
-
-
-def save_peft(
-    model: LoRAModel, folder: str | Path, *, base: str, tokenizer: Path | dict[str, bytes] | None = None
-) -> None:
-    """Write a PEFT folder, which PEFT and this toolkit open: complete, or not there at all.
-
-    Args:
-        folder: Must not exist, or be empty.
-        base: Hub id or folder of the base model, as `ModelSource.hub_or_folder` gives it.
-        tokenizer: Folder whose tokenizer files and generation config are to stand beside it, or these themselves
-            (`write.read_companions`).
-    """
-    from finetune.model.write import write_companions
-
-    names = list(lora_layers(model))
-    targets = short_names(names, convert.modules(facts_of(model)))
-    tensors = {name: Promise.of(array) for name, array in adapter_state(model).items()}
-    with new_folder(Path(folder)) as partial:
-        write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
-        write_json(partial / "adapter_config.json", peft_config(model.settings.saved(), base, targets))
-        write_companions(partial, facts_of(model), tokenizer)
-
-
-def load_peft(model: paddle.nn.Layer, folder: str | Path) -> LoRAModel:
-    """Attach an adapter folder (PEFT's or PaddleNLP's) to a base model that is in memory."""
-    return attach_adapter(model, resolve_model(folder))
 
 
 def attach_adapter(model: paddle.nn.Layer, source: ModelSource) -> LoRAModel:

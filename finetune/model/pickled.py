@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +30,7 @@ import numpy as np
 from finetune.errors import CheckpointError
 from finetune.files import read_json, within, write_json
 from finetune.model.resolve import ModelSource, resolve_model
-from finetune.model.tensorfile import Promise, write_shards
+from finetune.model.tensorfile import Array, Dtype, Promise, write_shards
 
 MAX_PICKLE_BYTES = 64 * 2**20  # data.pkl of a torch archive holds names and shapes only
 MAX_SHARD_BYTES = 5 * 10**9
@@ -151,14 +151,27 @@ def read_pickle(path: Path) -> dict[str, Promise]:
         raise CheckpointError(what, where=str(path), fix="Copy or download it again.") from error
 
 
+Names = dict[str, Callable[..., Any]]
+
+
 class _Reader(pickle.Unpickler):
-    """An unpickler for which the world has a few names."""
+    """An unpickler for which the world has a few names.
 
-    def __init__(self, file: BinaryIO, path: Path, names: dict[str, Callable]):
+    Args:
+        storage: What stands for what a torch file keeps outside of the pickle.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path, names: Names, storage: Callable[[Any], object] | None = None):
         super().__init__(file)
-        self._path, self._names = path, names
+        self._path, self._names, self._storage = path, names, storage
 
-    def find_class(self, module: str, name: str) -> Callable:
+    def persistent_load(self, identity: Any) -> object:
+        """The stand-in for what the file keeps elsewhere."""
+        if self._storage is None:
+            raise pickle.UnpicklingError("it asks for what is not in the file")
+        return self._storage(identity)
+
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
         """The stand-in for a name, or a refusal."""
         full = f"{module}.{name}"
         if full not in self._names:
@@ -188,7 +201,7 @@ def _named(found: object, promises: Callable[[object], Promise | None], path: Pa
 
 @dataclass(frozen=True)
 class _Storage:
-    dtype: np.dtype
+    dtype: Dtype
     key: str
     count: int
 
@@ -203,7 +216,15 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
+def _rebuild_tensor(
+    storage: object,
+    offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    requires_grad: bool = False,
+    hooks: object = None,
+    metadata: object = None,
+) -> _Tensor:
     numbers = [offset, *shape, *strides]
     if not isinstance(storage, _Storage) or not all(type(n) is int and 0 <= n < 2**40 for n in numbers):
         raise ValueError("a tensor that is none")
@@ -213,7 +234,7 @@ def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=
     return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _read_torch(path: Path, file: BinaryIO) -> dict[str, Promise]:
+def _read_torch(path: Path, file: IO[bytes]) -> dict[str, Promise]:
     with zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         data = next((name for name in members if name.endswith("/data.pkl")), "")
@@ -222,15 +243,13 @@ def _read_torch(path: Path, file: BinaryIO) -> dict[str, Promise]:
         root = data.removesuffix("data.pkl")
         if f"{root}byteorder" in members and archive.read(f"{root}byteorder") != b"little":
             raise CheckpointError("holds numbers of another byte order", where=str(path))
-        names = {f"torch.{name}": partial(np.dtype, dtype) for name, dtype in _TORCH_DTYPES.items()} | {
+        names: Names = {f"torch.{name}": partial(np.dtype, dtype) for name, dtype in _TORCH_DTYPES.items()} | {
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
             "torch._utils._rebuild_parameter": lambda tensor, requires_grad, hooks: tensor,
         }
         with archive.open(data) as stream:
-            reader = _Reader(stream, path, names)
-            reader.persistent_load = partial(_storage, root, members)
-            found = reader.load()
+            found = _Reader(stream, path, names, partial(_storage, root, members)).load()
 
     def promise(value: object) -> Promise | None:
         if not isinstance(value, _Tensor):
@@ -240,7 +259,7 @@ def _read_torch(path: Path, file: BinaryIO) -> dict[str, Promise]:
     return _named(found, promise, path)
 
 
-def _storage(root: str, members: dict[str, zipfile.ZipInfo], identity: tuple) -> _Storage:
+def _storage(root: str, members: dict[str, zipfile.ZipInfo], identity: tuple[Any, ...]) -> _Storage:
     kind, dtype, key, _, count = identity
     storage = _Storage(dtype(), str(key), count)
     if kind != "storage" or members[f"{root}data/{key}"].file_size != count * storage.dtype.itemsize:
@@ -248,7 +267,7 @@ def _storage(root: str, members: dict[str, zipfile.ZipInfo], identity: tuple) ->
     return storage
 
 
-def _read_tensor(path: Path, root: str, tensor: _Tensor) -> np.ndarray:
+def _read_tensor(path: Path, root: str, tensor: _Tensor) -> Array:
     storage = tensor.storage
     try:
         with zipfile.ZipFile(path) as archive:
@@ -270,7 +289,7 @@ class _Dtype:
     def __init__(self, code: str, align: bool = False, copy: bool = True):
         self.code, self.order = code, "<"
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1]
 
 
@@ -278,9 +297,9 @@ class _Array:
     """What the file says of a NumPy array."""
 
     def __init__(self, *_: object):
-        self.array: np.ndarray | None = None
+        self.array: Array | None = None
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, _Dtype) or dtype.order not in ("<", "|") or not isinstance(data, bytes):
             raise ValueError(f"an array of {getattr(dtype, 'code', 'objects')}")
@@ -288,8 +307,8 @@ class _Array:
         self.array = np.ascontiguousarray(array.reshape(shape, order="F" if fortran else "C"))
 
 
-def _read_paddle(path: Path, file: BinaryIO) -> dict[str, Promise]:
-    names = {
+def _read_paddle(path: Path, file: IO[bytes]) -> dict[str, Promise]:
+    names: Names = {
         "numpy.ndarray": _Array,
         "numpy.dtype": _Dtype,
         "collections.OrderedDict": OrderedDict,

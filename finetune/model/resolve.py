@@ -11,6 +11,7 @@ from finetune.errors import CheckpointError, did_you_mean
 from finetune.files import read_json
 from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
 from finetune.model.config import read_config
+from finetune.model.family import Architecture
 from finetune.model.hubs.fetch import fetch
 from finetune.model.hubs.hub import parse_repo
 from finetune.model.tensorfile import TensorFolder
@@ -31,7 +32,7 @@ class ModelSource:
         kind: `hf` or `paddle` (a whole model in that layout), or `adapter`.
         folder: Where its files are.
         base: The model an adapter belongs to; None for a whole model.
-        config: The model's facts, as `config.read_config` returns them; of the base for an adapter.
+        config: The model's description; of the base for an adapter.
         name: What the user called it.
         layout: `hf` or `paddle`; for an adapter `peft` or `paddle`.
         stem: Name of the tensor file or index, before `.safetensors`.
@@ -42,7 +43,7 @@ class ModelSource:
     kind: str
     folder: Path
     base: ModelSource | None
-    config: dict
+    config: Architecture
     name: str
     layout: str
     stem: str
@@ -197,7 +198,7 @@ def _base(base_name: str, folder: Path, config_file: Path) -> ModelSource:
         raise CheckpointError(f"the adapter's base model cannot be had: {error}", where=str(folder), fix=fix) from error
 
 
-def _config(folder: Path) -> dict:
+def _config(folder: Path) -> Architecture:
     return read_config(read_json(folder / "config.json"), folder / "config.json")
 
 

@@ -15,6 +15,7 @@ import os
 import warnings
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from finetune.model.deferred import defer_paddlenlp
 
@@ -27,7 +28,7 @@ _NOISE = (
 
 
 @lru_cache(maxsize=1)
-def paddle():
+def paddle() -> ModuleType:
     """Import paddle, choose the device, and return the module. PaddleNLP is loaded and silenced too."""
     os.environ.setdefault("MKL_NUM_THREADS", str(threads()))
     if needs_avx2_hint(Path("/proc/cpuinfo")):
@@ -69,7 +70,8 @@ def needs_avx2_hint(cpuinfo: Path) -> bool:
 
 def device() -> str:
     """The device in use: `cpu` or `gpu:N`."""
-    return paddle().get_device()
+    name: str = paddle().get_device()
+    return name
 
 
 def resolve_dtype(name: str) -> str:

@@ -13,14 +13,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.errors import CheckpointError
 from finetune.files import no_duplicates, read_json, within
 
-DTYPES = {
+Array = NDArray[Any]
+Dtype = np.dtype[Any]
+
+DTYPES: dict[str, Dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
@@ -45,7 +50,7 @@ class Entry:
     """One tensor of a file: where its bytes are and what they mean."""
 
     path: Path
-    dtype: np.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
     start: int
     nbytes: int
@@ -67,7 +72,7 @@ class TensorFolder:
 
     def __init__(self, folder: Path, stem: str):
         self.folder = folder
-        self.metadata: dict = {}
+        self.metadata: dict[str, Any] = {}
         single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         self.label = single if single.exists() else index
         self.entries = self._read_file(single.name) if single.exists() else self._read_index(index)
@@ -77,7 +82,7 @@ class TensorFolder:
         """Whether there is something to read under this stem."""
         return any((folder / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json"))
 
-    def read(self, name: str, rows: slice = slice(None)) -> np.ndarray:
+    def read(self, name: str, rows: slice = slice(None)) -> Array:
         """The tensor, or some rows of it, in the dtype of the file."""
         entry = self.entries[name]
         shape, start, nbytes = entry.shape, entry.start, entry.nbytes
@@ -140,7 +145,7 @@ class TensorFolder:
         return entries
 
 
-def _entry(path: Path, name: str, value: object, data_start: int, dtypes: dict[str, np.dtype]) -> Entry:
+def _entry(path: Path, name: str, value: Any, data_start: int, dtypes: dict[str, Dtype]) -> Entry:
     """Check one line of the header against itself."""
     try:
         dtype, shape, (start, end) = value["dtype"], value["shape"], value["data_offsets"]
@@ -184,9 +189,9 @@ class Promise:
         make: Gives the array, of exactly this dtype and shape.
     """
 
-    dtype: np.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
+    make: Callable[[], Array]
 
     @property
     def nbytes(self) -> int:
@@ -194,7 +199,7 @@ class Promise:
         return prod(self.shape) * self.dtype.itemsize
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Promise:
+    def of(cls, array: Array) -> Promise:
         """A promise already kept."""
         return cls(array.dtype, array.shape, lambda: array)
 
@@ -226,7 +231,7 @@ def write_tensors(path: Path, tensors: dict[str, Promise], metadata: dict[str, s
             _write_bytes(file, np.ascontiguousarray(array))
 
 
-def _write_bytes(file, array: np.ndarray) -> None:
+def _write_bytes(file: BinaryIO, array: Array) -> None:
     flat = array.reshape(-1).view(np.uint8)
     for start in range(0, flat.size, _COPY_BYTES):  # one huge write would be copied whole
         file.write(flat[start : start + _COPY_BYTES].data)

@@ -4,7 +4,7 @@ folder has, an adapter merged on the way. Each is read when asked for, so that m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -14,8 +14,9 @@ from finetune.errors import ArgumentError, CheckpointError, Fault, did_you_mean
 from finetune.model import convert
 from finetune.model.adapters import LoraSettings, target_names
 from finetune.model.config import DTYPES
+from finetune.model.family import EMBEDDING, HEAD, Architecture
 from finetune.model.resolve import ModelSource
-from finetune.model.tensorfile import TensorFolder
+from finetune.model.tensorfile import Array, Dtype, TensorFolder
 
 _COMPARE_ROWS = 4096
 _MOST_FAULTS = 8  # named before "and N more"
@@ -29,12 +30,12 @@ class Weight:
         dtype, shape: As `read` gives it.
     """
 
-    dtype: np.dtype
+    dtype: Dtype
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[[], Array]
 
 
-def numpy_dtype(name: str) -> np.dtype:
+def numpy_dtype(name: str) -> Dtype:
     """The numpy dtype of a dtype's name; bfloat16 is ml_dtypes'."""
     return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
@@ -53,7 +54,7 @@ def stored_weights(source: ModelSource) -> dict[str, Weight]:
     def merged(module: str) -> Weight:
         weight = weights[f"{module}.weight"]
 
-        def read() -> np.ndarray:
+        def read() -> Array:
             A, B = (adapter[f"{module}.{part}"].read() for part in ("lora_A", "lora_B"))
             return merge(weight.read(), A, B, settings.scaling)
 
@@ -62,7 +63,7 @@ def stored_weights(source: ModelSource) -> dict[str, Weight]:
     return weights | {f"{module}.weight": merged(module) for module in modules}
 
 
-def merge(weight: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: float) -> np.ndarray:
+def merge(weight: Array, A: Array, B: Array, scaling: float) -> Array:
     """weight + scaling * B A in float32, whatever the dtypes.
 
     Args:
@@ -75,18 +76,18 @@ def merge(weight: np.ndarray, A: np.ndarray, B: np.ndarray, scaling: float) -> n
 
 def base_weights(source: ModelSource) -> dict[str, Weight]:
     """The weights of a whole model."""
-    tensors = open_tensors(source)
+    tensors, config = open_tensors(source), source.config
 
     def weight(name: str, shape: tuple[int, ...]) -> Weight:
-        stored = convert.to_paddle(name) if source.layout == "paddle" else name
+        stored = config.paddle_name(name) if source.layout == "paddle" else name
 
-        def read() -> np.ndarray:
+        def read() -> Array:
             array = tensors.read(stored)
-            return convert.turned(array, name) if source.layout == "paddle" else array
+            return convert.turned(config, name, array) if source.layout == "paddle" else array
 
         return Weight(tensors.entries[stored].dtype, shape, read)
 
-    return {name: weight(name, shape) for name, shape in convert.hf_shapes(source.config).items()}
+    return {name: weight(name, shape) for name, shape in config.shapes.items()}
 
 
 def open_tensors(source: ModelSource) -> TensorFolder:
@@ -97,15 +98,16 @@ def open_tensors(source: ModelSource) -> TensorFolder:
     """
     tensors = TensorFolder(source.folder, source.stem)
     config, where = source.config, str(source.folder)
-    layers = _layers_in(tensors, source.layout)
-    if layers != config["num_hidden_layers"]:
-        what = f"config.json says {config['num_hidden_layers']} layers, the weights have {layers}"
+    layers = _layers_in(tensors, config.layer_prefix(source.layout))
+    if layers != config.num_hidden_layers:
+        what = f"config.json says {config.num_hidden_layers} layers, the weights have {layers}"
         raise CheckpointError(what, where=where, fix="Files of two models are mixed, or some are missing.")
     expected = expected_shapes(config, source.layout)
     found = {name: entry.shape for name, entry in tensors.entries.items() if not convert.is_ignorable(name)}
-    spare_head = config["tie_word_embeddings"] and convert.HEAD in found
+    head = f"{HEAD}.weight"
+    spare_head = config.tie_word_embeddings and head in found
     if spare_head:
-        expected[convert.HEAD] = (config["vocab_size"], config["hidden_size"])
+        expected[head] = (config.vocab_size, config.hidden_size)
     faults = audit(expected, found, where)
     faults += _wrong_dtypes(tensors, where)
     if faults:
@@ -115,17 +117,14 @@ def open_tensors(source: ModelSource) -> TensorFolder:
     return tensors
 
 
-def expected_shapes(config: dict, layout: str) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: Architecture, layout: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes a model folder in this layout must have."""
-    shapes = convert.hf_shapes(config)
     if layout == "hf":
-        return shapes
-    return {
-        convert.to_paddle(name): shape[::-1] if convert.is_transposed(name) else shape for name, shape in shapes.items()
-    }
+        return dict(config.shapes)
+    return {config.paddle_name(name): config.paddle_shape(name) for name in config.shapes}
 
 
-def audit(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> list[Fault]:
+def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str) -> list[Fault]:
     """Differences between two sets of names and shapes, at most a few of them spelled out."""
     faults = [Fault(f"tensor {name!r} is missing", where) for name in expected if name not in found]
     for name, shape in found.items():
@@ -150,17 +149,17 @@ def _wrong_dtypes(tensors: TensorFolder, where: str) -> list[Fault]:
     ][:_MOST_FAULTS]
 
 
-def _layers_in(tensors: TensorFolder, layout: str) -> int:
-    prefix = "qwen2.layers." if layout == "paddle" else "model.layers."
+def _layers_in(tensors: TensorFolder, prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in tensors.entries if name.startswith(prefix)})
 
 
 def _check_spare_head(tensors: TensorFolder, source: ModelSource) -> None:
     """A tied folder may repeat the embeddings as head; a different head means that it is not tied."""
-    embedding = convert.to_paddle(convert.EMBEDDING) if source.layout == "paddle" else convert.EMBEDDING
-    for start in range(0, source.config["vocab_size"], _COMPARE_ROWS):
+    embedding, config = f"{EMBEDDING}.weight", source.config
+    embedding = config.paddle_name(embedding) if source.layout == "paddle" else embedding
+    for start in range(0, config.vocab_size, _COMPARE_ROWS):
         rows = slice(start, start + _COMPARE_ROWS)
-        if not np.array_equal(tensors.read(embedding, rows), tensors.read(convert.HEAD, rows)):
+        if not np.array_equal(tensors.read(embedding, rows), tensors.read(f"{HEAD}.weight", rows)):
             raise CheckpointError(
                 "lm_head.weight differs from the embeddings although config.json ties them",
                 where=str(source.folder),
@@ -177,13 +176,15 @@ def open_adapter(source: ModelSource) -> tuple[dict[str, Weight], LoraSettings]:
         CheckpointError: tensors are missing, unexpected or of another shape than settings and model say.
     """
     tensors = TensorFolder(source.folder, source.stem)
-    where, modules, settings = str(source.folder), convert.modules(source.config), source.lora
-    found = _adapter_names(tensors, source.layout, modules, where)
+    where, modules, settings = str(source.folder), source.config.linears, source.lora
+    if settings is None:
+        raise ValueError(f"{source.name} is a whole model")
+    found = _adapter_names(tensors, source)
     names = _adapted(settings, modules, {module for module, _ in found}, where)
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for module in names:
-        inputs, outputs = modules[module]
-        expected |= {f"{module}.lora_A": (settings.rank, inputs), f"{module}.lora_B": (outputs, settings.rank)}
+        A, B = (settings.rank, modules[module].inputs), (modules[module].outputs, settings.rank)
+        expected |= {f"{module}.lora_A": A, f"{module}.lora_B": B}
     turn = source.layout == "paddle"
 
     def weight(stored: str) -> Weight:
@@ -199,12 +200,14 @@ def open_adapter(source: ModelSource) -> tuple[dict[str, Weight], LoraSettings]:
     return weights, replace(settings, target_modules=tuple(short_names(names, modules)))
 
 
-def _adapter_names(tensors: TensorFolder, layout: str, modules: dict, where: str) -> dict[tuple[str, str], str]:
+def _adapter_names(tensors: TensorFolder, source: ModelSource) -> dict[tuple[str, str], str]:
     """(module, lora_A or lora_B) -> name in the file."""
-    found, faults = {}, []
+    where = str(source.folder)
+    found: dict[tuple[str, str], str] = {}
+    faults: list[Fault] = []
     for name in tensors.entries:
-        parsed = convert.parse_adapter_name(name, layout)
-        if parsed is None or parsed[0] not in modules:
+        parsed = convert.parse_adapter_name(source.config, name, source.layout)
+        if parsed is None or parsed[0] not in source.config.linears:
             faults.append(Fault(f"tensor {name[:200]!r} is of no projection of this model", where))
         elif parsed in found:
             faults.append(Fault(f"tensor {name[:200]!r} is there under two names", where))
@@ -217,17 +220,17 @@ def _adapter_names(tensors: TensorFolder, layout: str, modules: dict, where: str
     return found
 
 
-def _adapted(settings: LoraSettings, modules: dict, present: set[str], where: str) -> list[str]:
+def _adapted(settings: LoraSettings, modules: Iterable[str], present: set[str], where: str) -> list[str]:
     """The modules an adapter must have: those its config names; where it has a pattern, those its tensors name."""
     if not settings.target_modules:
         return [name for name in modules if name in present]
     try:
-        return target_names(settings, modules)
+        return target_names(settings.target_modules, modules)
     except ArgumentError as error:
         raise CheckpointError.of([Fault(fault.what, where, fault.fix) for fault in error.faults]) from error
 
 
-def short_names(names: list[str], every) -> list[str]:
+def short_names(names: list[str], every: Iterable[str]) -> list[str]:
     """The modules' last names where those mean the same modules, else their full names."""
     short = sorted({name.rpartition(".")[2] for name in names})
     meant = {name for name in every if name.rpartition(".")[2] in short}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from finetune.compute.losses import LOSSES, LossOptions
 from finetune.errors import ArgumentError, did_you_mean
 from finetune.methods import METHODS
-from finetune.recipe.schema import QWEN2_LINEARS, DpoSection, Recipe
+from finetune.model.family import ADAPTABLE
+from finetune.recipe.schema import DpoSection, Recipe
 from finetune.rows.formats import FORMATS
 
 
@@ -71,11 +72,11 @@ def _lora_rules(recipe: Recipe) -> Iterator[Clash]:
         return
     if isinstance(lora.target_modules, list):
         for name in lora.target_modules:
-            if name not in QWEN2_LINEARS:
+            if name not in ADAPTABLE:
                 yield Clash(
                     ("lora.target_modules",),
                     f"lora.target_modules names {name!r}, which Qwen2 has not",
-                    did_you_mean(name, QWEN2_LINEARS, f"There are {', '.join(QWEN2_LINEARS)}."),
+                    did_you_mean(name, ADAPTABLE, f"There are {', '.join(ADAPTABLE)}."),
                 )
         if len(set(lora.target_modules)) < len(lora.target_modules):
             yield Clash(("lora.target_modules",), "lora.target_modules names a module twice", "Name each once.")

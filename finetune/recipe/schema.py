@@ -15,9 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from finetune.compute.losses import LOSSES, LossOptions
 from finetune.methods import METHODS
+from finetune.model.adapters import LORA_PLUS_RATIO, Variant
 from finetune.rows.formats import FORMATS
-
-QWEN2_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -74,14 +73,14 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
-    variant: Literal["lora", "rslora", "lora_plus", "pissa"] = "lora"
+    variant: Variant = "lora"
     loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1e4)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _fill(cls, data: Any) -> Any:
         if isinstance(data, dict) and data.get("variant") == "lora_plus" and data.get("loraplus_lr_ratio") is None:
-            return {**data, "loraplus_lr_ratio": 16.0}
+            return {**data, "loraplus_lr_ratio": LORA_PLUS_RATIO}
         return data
 
 

@@ -228,7 +228,7 @@ def _estimate(recipe: Recipe, source: ModelSource, world_size: int, *, tokens: i
 
 
 def _check_lengths(recipe: Recipe, source: ModelSource) -> None:
-    longest = source.config["max_position_embeddings"]
+    longest = source.config.max_position_embeddings
     if recipe.data.max_length > longest:
         raise ArgumentError(
             f"is {recipe.data.max_length:,}, but the model knows {longest:,} positions",

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.chat.folder import TOKENIZER_FILES
 from finetune.errors import ArgumentError, Fault, RecipeError
+from finetune.model.identity import model_digest
 from finetune.model.resolve import resolve_model
 from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep
 
 if TYPE_CHECKING:
-    from finetune.model.resolve import ModelSource
     from finetune.rows.dataset import DataReport
     from finetune.train.prepare import Prepared
     from finetune.train.processes.parallel import World
@@ -38,7 +37,6 @@ _FREE = {
     "distributed.sharding_parallel_degree",
 }
 _CONTENTS = {"data.train": "the training data", "model": "the base model or its tokenizer"}
-_BLOCKS, _BLOCK_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
     kept = {k: v for k, v in flat.items() if k not in _FREE}
     # A stream's files have no hash: what of them was used is compared as it is read again (finetune/rows/stream.py).
     kept["data.train"] = _contents(flat["data.train"], prepared.train.report)
-    kept["model"] = _model_digest(prepared.source)
+    kept["model"] = model_digest(prepared.source)
     kept["processes"] = prepared.world_size
     return json.loads(json.dumps(kept))
 
@@ -93,34 +91,6 @@ def _evaluation(prepared: Prepared) -> list | None:
         return None
     sources = [source.model_dump(mode="json") for source in named]
     return json.loads(json.dumps(_contents(sources, prepared.eval.report)))
-
-
-def _model_digest(source: ModelSource) -> str:
-    """SHA-256 over a model's config, adapter settings and tokenizer, and over size and some blocks of its weights:
-    all of them would take a minute for a large model, and training changes every block."""
-    digest = hashlib.sha256()
-    for folder in dict.fromkeys((source.folder, source.tokenizer_folder)):
-        for name in ("config.json", "adapter_config.json", "lora_config.json", *TOKENIZER_FILES):
-            if (folder / name).is_file():
-                digest.update(name.encode() + (folder / name).read_bytes())
-    for path in sorted(source.folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {_sample(path)}".encode())
-    if source.base is not None:
-        digest.update(_model_digest(source.base).encode())
-    return digest.hexdigest()
-
-
-def _sample(path: Path) -> str:
-    """SHA-256 over size and some blocks of a file, all of them where it is small; the name of what is no file."""
-    if not path.is_file():
-        return str(path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for number in range(_BLOCKS):
-            file.seek(size * number // _BLOCKS)
-            digest.update(file.read(_BLOCK_BYTES))
-    return digest.hexdigest()
 
 
 def find_start(prepared: Prepared, world: World) -> Start:

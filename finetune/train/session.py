@@ -14,10 +14,13 @@ from finetune.errors import CheckpointError, Fault, RecipeError
 from finetune.files import sync, sync_tree
 from finetune.methods import METHODS
 from finetune.model.adapters import LoraSettings
-from finetune.model.load import as_numpy, load_model
-from finetune.model.lora import add_lora, lora_layers, merge_lora, save_peft, training_state
+from finetune.model.build import causal_lm
+from finetune.model.load import load_model
+from finetune.model.lora import add_lora, lora_layers, merge_lora, training_state
 from finetune.model.runtime import device
-from finetune.model.write import read_companions, save_hf
+from finetune.model.save import save_hf, save_peft
+from finetune.model.tensors import as_numpy
+from finetune.model.write import read_companions
 from finetune.rows.stream import Position
 from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
 from finetune.train.loop import Interval, RunState, train_loop
@@ -208,7 +211,7 @@ def _build_model(prepared: Prepared, start: Start):
             state = checkpoint.extra() if checkpoint else None
             model = add_lora(loaded.model, settings, seed=recipe.training.seed, state=state)
     if recipe.training.recompute:
-        (model.model if recipe.lora else model).recompute_enable()
+        causal_lm(model).recompute_enable()
     return model, loaded.dtype
 
 

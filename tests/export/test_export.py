@@ -24,7 +24,8 @@ from tests.tiny import Shape, tiny_model, tiny_tokenizer, tiny_weights, write_js
 def adapter(request, tiny_folder, tmp_path_factory):
     """(adapter folder, the logits it had in memory)."""
     from finetune.model.load import load_model
-    from finetune.model.lora import add_lora, save_peft
+    from finetune.model.lora import add_lora
+    from finetune.model.save import save_peft
 
     folder = tmp_path_factory.mktemp(request.param) / "a"
     model = add_lora(load_model(tiny_folder).model, LoraSettings(rank=4, alpha=8, variant=request.param), seed=1)
@@ -145,8 +146,8 @@ def test_what_goes_wrong_is_found_by_verify(adapter, tmp_path, monkeypatch):
 
     write = module.write_hf
 
-    def spoiled(facts, weights, folder, **keywords):
-        write(facts, weights, folder, **keywords)
+    def spoiled(config, weights, folder, **keywords):
+        write(config, weights, folder, **keywords)
         tensors = load_file(folder / "model.safetensors")
         tensors["model.norm.weight"] += np.float32(0.01)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -24,7 +24,8 @@ def adapter(tiny_untied_folder, tmp_path_factory):
     """A PEFT folder, and what the adapted model answers unmerged."""
     from finetune.infer.engine import Engine
     from finetune.model.load import load_model
-    from finetune.model.lora import LoraSettings, add_lora, lora_layers, save_peft
+    from finetune.model.lora import LoraSettings, add_lora, lora_layers
+    from finetune.model.save import save_peft
 
     base = load_model(tiny_untied_folder).model
     model = add_lora(base, LoraSettings(rank=4, alpha=8, dropout=0.0, target_modules="all-linear"))
@@ -50,7 +51,7 @@ def test_a_runs_folder(adapter, tmp_path):
 
 def test_a_paddlenlp_folder(tiny_untied_folder, tmp_path):
     from finetune.model.load import load_model
-    from finetune.model.write import save_paddle
+    from finetune.model.save import save_paddle
 
     folder = tmp_path / "paddle"
     save_paddle(load_model(tiny_untied_folder).model, folder, tokenizer=tiny_untied_folder)

@@ -21,8 +21,8 @@ def logits(model, ids: np.ndarray | None = None) -> np.ndarray:
 
 def shake(model, seed: int = 3, size: float = 0.05) -> None:
     """Give every B of an adapter something to do."""
-    from finetune.model.load import as_numpy, set_parameter
     from finetune.model.lora import lora_layers
+    from finetune.model.tensors import as_numpy, set_parameter
 
     random = np.random.default_rng(seed)
     for layer in lora_layers(model).values():

@@ -25,7 +25,7 @@ def load():
 
 
 def parameters(model) -> dict[str, np.ndarray]:
-    from finetune.model.load import model_weights
+    from finetune.model.build import model_weights
 
     return {name: weight.read() for name, weight in model_weights(model).items()}
 
@@ -220,7 +220,7 @@ def test_bfloat16_keeps_its_bits_from_file_to_array(tmp_path):
 
 
 def test_set_parameter_rounds_to_nearest_even(tiny_folder, load):
-    from finetune.model.load import as_numpy, set_parameter
+    from finetune.model.tensors import as_numpy, set_parameter
 
     parameter = load(tiny_folder).model.qwen2.norm.weight.astype("bfloat16")
     values = np.random.default_rng(0).standard_normal(32).astype(np.float32)

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.errors import ArgumentError, CheckpointError, StorageError
 from finetune.model.adapters import LoraSettings
-from finetune.model.convert import PROJECTIONS
+from finetune.model.family import ADAPTABLE
 from finetune.model.resolve import resolve_model
 from finetune.model.weights import open_adapter
 from tests.model.compute import difference, logits, prompts, shake
@@ -44,6 +44,12 @@ def adapted(lora, base, variant="lora", **changes):
     return model
 
 
+def save_peft(*args, **kwargs):
+    from finetune.model.save import save_peft
+
+    save_peft(*args, **kwargs)
+
+
 def as_loaded(folder):
     from finetune.model.load import load_model
 
@@ -62,7 +68,7 @@ def test_a_new_adapter_changes_nothing(variant, lora, base):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_and_loaded_it_gives_the_same_logits(variant, lora, base, tiny_folder, tmp_path):
     model = adapted(lora, base, variant)
-    lora.save_peft(model, tmp_path / "a", base=str(tiny_folder), tokenizer=tiny_folder)
+    save_peft(model, tmp_path / "a", base=str(tiny_folder), tokenizer=tiny_folder)
     again = as_loaded(tmp_path / "a")
     assert difference(logits(again.model), logits(model)) <= (1e-5 if variant == "pissa" else 0.0)
     assert again.source.kind == "adapter" and again.source.tokenizer_folder == tmp_path / "a"
@@ -71,7 +77,7 @@ def test_saved_and_loaded_it_gives_the_same_logits(variant, lora, base, tiny_fol
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saving_twice_gives_the_same_bytes(variant, lora, base, tiny_folder, tmp_path):
     for name in "ab":
-        lora.save_peft(adapted(lora, base, variant), tmp_path / name, base=str(tiny_folder))
+        save_peft(adapted(lora, base, variant), tmp_path / name, base=str(tiny_folder))
     first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
     assert first == second
 
@@ -129,7 +135,7 @@ def test_only_the_adapter_is_trainable(lora, base):
     model = adapted(lora, base)
     trainable = {name for name, parameter in model.named_parameters() if not parameter.stop_gradient}
     assert trainable == {name for name, _ in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
-    assert len(trainable) == 2 * 2 * len(PROJECTIONS)
+    assert len(trainable) == 2 * 2 * len(ADAPTABLE)
 
 
 def test_the_start_depends_on_the_seed_and_the_module_only(lora, base):
@@ -181,7 +187,7 @@ def test_pissa_starts_from_the_largest_singular_vectors(lora, base):
 
 
 def test_pissa_is_saved_as_a_plain_adapter_of_twice_the_rank(lora, base, tiny_folder, tmp_path):
-    lora.save_peft(adapted(lora, base, "pissa"), tmp_path / "a", base=str(tiny_folder))
+    save_peft(adapted(lora, base, "pissa"), tmp_path / "a", base=str(tiny_folder))
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
 
@@ -201,7 +207,7 @@ def test_dropout_is_on_in_training_only(lora, base):
 def test_target_modules(targets, count, lora, base, tiny_folder, tmp_path):
     model = adapted(lora, base, target_modules=targets)
     assert len(lora.lora_layers(model)) == count
-    lora.save_peft(model, tmp_path / "a", base=str(tiny_folder))
+    save_peft(model, tmp_path / "a", base=str(tiny_folder))
     assert np.array_equal(logits(as_loaded(tmp_path / "a").model), logits(model))
 
 
@@ -220,7 +226,7 @@ def test_a_state_that_does_not_fit(lora, base):
 
 @pytest.fixture
 def saved(lora, base, tiny_folder, tmp_path):
-    lora.save_peft(adapted(lora, base, target_modules=["q_proj", "v_proj"]), tmp_path / "a", base=str(tiny_folder))
+    save_peft(adapted(lora, base, target_modules=["q_proj", "v_proj"]), tmp_path / "a", base=str(tiny_folder))
     return tmp_path / "a"
 
 
@@ -289,8 +295,8 @@ def test_paddlenlp_variants_that_are_saved_wrong(key, tmp_path, tiny_folder):
         as_loaded(tmp_path)
 
 
-def test_load_peft_on_a_model_in_memory(saved, lora, base):
-    model = lora.load_peft(base(), saved)
+def test_attached_to_a_model_in_memory(saved, lora, base):
+    model = lora.attach_adapter(base(), resolve_model(saved))
     model.eval()
     assert np.array_equal(logits(model), logits(as_loaded(saved).model))
 
@@ -299,8 +305,8 @@ def test_a_failed_save_leaves_nothing(lora, base, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(lora, "write_tensors", fail)
+    monkeypatch.setattr("finetune.model.save.write_tensors", fail)
     with pytest.raises(StorageError, match="No space left"):
-        lora.save_peft(adapted(lora, base), tmp_path / "a", base="x")
+        save_peft(adapted(lora, base), tmp_path / "a", base="x")
     assert list(tmp_path.iterdir()) == []
     shutil.rmtree(tmp_path)

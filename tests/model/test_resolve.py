@@ -48,7 +48,7 @@ def refused(name) -> str:
 def test_a_hugging_face_folder(tiny_folder):
     source = resolve_model(tiny_folder)
     assert (source.kind, source.layout, source.stem, source.base, source.lora) == ("hf", "hf", "model", None, None)
-    assert source.config["hidden_size"] == 32
+    assert source.config.hidden_size == 32
     assert source.tokenizer_folder == tiny_folder
 
 
@@ -64,10 +64,10 @@ def test_an_adapter_and_its_base(tiny_folder, tmp_path):
 def test_the_base_is_looked_up_beside_the_adapter_too(tiny_folder, tmp_path, monkeypatch):
     shutil.copytree(tiny_folder, tmp_path / "base")
     adapter(tmp_path / "a", "../base")
-    assert resolve_model(tmp_path / "a").base.config["hidden_size"] == 32
+    assert resolve_model(tmp_path / "a").base.config.hidden_size == 32
     adapter(tmp_path / "b", "base")
     monkeypatch.chdir(tmp_path)
-    assert resolve_model("b").base.config["hidden_size"] == 32
+    assert resolve_model("b").base.config.hidden_size == 32
 
 
 def test_a_base_named_from_the_home_folder_is_named_absolutely(tiny_folder, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_broken_config_names_the_file(content, tiny_folder, tmp_path):
 def test_a_config_with_a_byte_order_mark_is_read(tiny_folder, tmp_path):
     folder = tiny_model(tmp_path / "bom", tokenizer=False)
     (folder / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(tiny_config()).encode())
-    assert resolve_model(folder).config["vocab_size"] == 416
+    assert resolve_model(folder).config.vocab_size == 416
 
 
 def test_no_paddle(tiny_folder):

@@ -35,7 +35,7 @@ def test_threads(monkeypatch, value, wanted):
     assert threads() == (len(os.sched_getaffinity(0)) if wanted == "cores" else wanted)
 
 
-LOADED = "import sys; import finetune.model.load; before = sys.modules['paddlenlp']; "
+LOADED = "import sys; import finetune.model.build; before = sys.modules['paddlenlp']; "
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ LOADED = "import sys; import finetune.model.load; before = sys.modules['paddlenl
         "from paddlenlp import Taskflow",
         "import paddlenlp; paddlenlp.Taskflow",
         "import paddlenlp.trainer; paddlenlp.trainer.Trainer",
-        "from paddlenlp.peft import LoKrModel, LoRAModel; assert LoRAModel is finetune.model.load.LoRAModel",
+        "from paddlenlp.peft import LoKrModel, LoRAModel; assert LoRAModel is finetune.model.build.LoRAModel",
         "import paddlenlp.peft.prefix; from paddlenlp.peft import LoRAModel",
         "from paddlenlp.trl import DPOTrainer",
     ],
@@ -66,8 +66,8 @@ def test_models_are_loaded_without_the_rest_of_paddlenlp():
 
 def test_a_paddlenlp_that_is_there_already_stays():
     _run(
-        "import sys, paddlenlp; from paddlenlp.peft import LoRAModel; import finetune.model.load",
-        "assert sys.modules['paddlenlp'] is paddlenlp and finetune.model.load.LoRAModel is LoRAModel",
+        "import sys, paddlenlp; from paddlenlp.peft import LoRAModel; import finetune.model.build",
+        "assert sys.modules['paddlenlp'] is paddlenlp and finetune.model.build.LoRAModel is LoRAModel",
     )
 
 

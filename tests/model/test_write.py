@@ -10,11 +10,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from finetune.errors import ArgumentError, CheckpointError
+from finetune.model.family import Qwen2
 from finetune.model.resolve import resolve_model
 from finetune.model.weights import stored_weights
 from finetune.model.write import generation_config, special_tokens, write_hf, write_paddle
 from tests.model.compute import logits
-from tests.tiny import Shape, tiny_config, tiny_model, tiny_tokenizer, tiny_weights, write_json
+from tests.tiny import Shape, tiny_model, tiny_tokenizer, tiny_weights, write_json
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def load():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 40_000])
 def test_hugging_face_there_and_back_is_bit_equal(tied, max_shard_bytes, tmp_path, load):
-    from finetune.model.write import save_hf
+    from finetune.model.save import save_hf
 
     folder = tiny_model(tmp_path / "m", tied=tied)
     save_hf(load(folder).model, tmp_path / "out", tokenizer=folder, max_shard_bytes=max_shard_bytes)
@@ -44,7 +45,7 @@ def test_hugging_face_there_and_back_is_bit_equal(tied, max_shard_bytes, tmp_pat
 
 
 def test_the_files_of_a_folder(tmp_path, load, tiny_folder):
-    from finetune.model.write import save_hf
+    from finetune.model.save import save_hf
 
     save_hf(load(tiny_folder).model, tmp_path / "out", tokenizer=tiny_folder)
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -60,7 +61,7 @@ def test_the_files_of_a_folder(tmp_path, load, tiny_folder):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_round_to_nearest(dtype, tmp_path, load):
-    from finetune.model.write import save_hf
+    from finetune.model.save import save_hf
 
     folder = tiny_model(tmp_path / "m", tokenizer=False)
     save_hf(load(folder).model, tmp_path / "out", dtype=dtype)
@@ -70,7 +71,7 @@ def test_other_dtypes_round_to_nearest(dtype, tmp_path, load):
 
 
 def test_values_beyond_float16_are_refused(tmp_path, load):
-    from finetune.model.write import save_hf
+    from finetune.model.save import save_hf
 
     model = load(tiny_model(tmp_path / "m", tokenizer=False)).model
     model.qwen2.norm.weight.set_value(model.qwen2.norm.weight * 1e6)
@@ -84,7 +85,7 @@ def test_values_beyond_float16_are_refused(tmp_path, load):
 def test_paddlenlp_opens_what_we_write_for_it(tied, max_shard_bytes, tmp_path, load):
     from paddlenlp.transformers import AutoModelForCausalLM
 
-    from finetune.model.write import save_paddle
+    from finetune.model.save import save_paddle
 
     loaded = load(tiny_model(tmp_path / "m", tied=tied, rope_theta=5e5))
     save_paddle(loaded.model, tmp_path / "out", tokenizer=loaded.source.folder, max_shard_bytes=max_shard_bytes)
@@ -113,7 +114,7 @@ def test_weights_go_from_file_to_file_without_a_model(tmp_path, tiny_untied_fold
 
 
 def test_a_full_folder_is_not_written_to(tmp_path, tiny_folder, load):
-    from finetune.model.write import save_hf
+    from finetune.model.save import save_hf
 
     (tmp_path / "out").mkdir()
     save_hf(load(tiny_folder).model, tmp_path / "out")
@@ -123,20 +124,20 @@ def test_a_full_folder_is_not_written_to(tmp_path, tiny_folder, load):
 
 def test_an_adapter_must_be_merged_first(tmp_path, tiny_folder, load):
     from finetune.model.lora import LoraSettings, add_lora
-    from finetune.model.write import save_hf
+    from finetune.model.save import save_hf
 
     with pytest.raises(ArgumentError, match="merge"):
         save_hf(add_lora(load(tiny_folder).model, LoraSettings(rank=2)), tmp_path / "out")
 
 
-def facts(**changes) -> dict:
-    return tiny_config() | {"bos_token_id": None, "pad_token_id": None, "eos_token_id": 400} | changes
+def described(eos=400):
+    return Qwen2(eos_token_id=eos)
 
 
 def test_a_base_model_gets_the_end_of_a_turn_as_stop(tmp_path):
     tiny_tokenizer(tmp_path)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": 400, "max_new_tokens": 2048, "top_p": 0.8})
-    config = generation_config(facts(), tmp_path)
+    config = generation_config(described(), tmp_path)
     assert config["eos_token_id"] == [402, 400]
     assert (config["max_new_tokens"], config["top_p"], config["pad_token_id"]) == (2048, 0.8, 400)
 
@@ -145,11 +146,11 @@ def test_an_instruct_model_keeps_its_generation_config(tmp_path):
     tiny_tokenizer(tmp_path)
     found = {"eos_token_id": [402, 400], "do_sample": True, "top_p": 0.7, "pad_token_id": 400, "bos_token_id": 400}
     write_json(tmp_path / "generation_config.json", found)
-    assert generation_config(facts(), tmp_path) == found
+    assert generation_config(described(), tmp_path) == found
 
 
 def test_without_a_tokenizer_the_config_says_where_to_stop():
-    assert generation_config(facts(eos_token_id=[7, 8]), None) == {"do_sample": False, "eos_token_id": [7, 8]}
+    assert generation_config(described((7, 8)), None) == {"do_sample": False, "eos_token_id": [7, 8]}
 
 
 def test_special_tokens_from_either_file(tmp_path):
@@ -162,12 +163,12 @@ def test_special_tokens_from_either_file(tmp_path):
 def test_a_model_paddlenlp_built_by_itself_is_written_too(tmp_path, load):
     from paddlenlp.transformers import AutoModelForCausalLM, Qwen2Config
 
-    from finetune.model.write import save_hf
+    from finetune.model.save import save_hf
 
     keys = Shape().__dict__
     model = AutoModelForCausalLM.from_config(Qwen2Config(architectures=["Qwen2ForCausalLM"], rope_theta=5e5, **keys))
     model.eval()
     save_hf(model, tmp_path / "out")
     again = load(tmp_path / "out")
-    assert again.config["rope_theta"] == 5e5
+    assert again.config.rope_theta == 5e5
     assert np.array_equal(logits(again.model), logits(model))

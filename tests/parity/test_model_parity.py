@@ -121,7 +121,8 @@ def test_weights_are_bit_equal_there_and_back(tied, dtype, reference, tmp_path):
 @pytest.mark.parametrize("variant, tied", [("lora", True), ("rslora", False), ("pissa", True)])
 def test_our_adapter_in_peft_and_merged_in_transformers(variant, tied, reference, tmp_path):
     from finetune.model.load import load_model
-    from finetune.model.lora import add_lora, save_peft
+    from finetune.model.lora import add_lora
+    from finetune.model.save import save_peft
 
     folder = tiny_model(tmp_path / "m", shape=SHAPE, tied=tied)
     model = add_lora(load_model(folder).model, LoraSettings(rank=8, alpha=16, variant=variant), seed=1)

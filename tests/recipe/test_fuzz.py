@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.errors import RecipeError
+from finetune.model.family import ADAPTABLE
 from finetune.recipe.load import dump_recipe, load_recipe
-from finetune.recipe.schema import QWEN2_LINEARS, Recipe
+from finetune.recipe.schema import Recipe
 from finetune.recipe.shipped import SHIPPED
 from tests import fuzzing  # noqa: F401, how many cases
 
@@ -92,7 +93,7 @@ def recipes(draw) -> Recipe:
         training["eval_steps"] = draw(st.integers(1, 9))
     tree = {"method": method, "model": {"path": draw(name)}, "data": data, "training": training}
     if draw(st.booleans()):
-        modules = st.lists(st.sampled_from(QWEN2_LINEARS), min_size=1, unique=True)
+        modules = st.lists(st.sampled_from(ADAPTABLE), min_size=1, unique=True)
         variant = st.sampled_from(["lora", "rslora", "lora_plus", "pissa"])
         tree["lora"] = {"variant": draw(variant), "target_modules": draw(st.just("all-linear") | modules)}
     if method == "dpo":

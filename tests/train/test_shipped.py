@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from finetune.model.family import Qwen2
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import shipped_recipes
 from finetune.train.estimate import estimate
@@ -41,8 +42,15 @@ SIZES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_in_the_header_is_the_estimate(name):
     hidden, ffn, layers, heads, kv, vocabulary, tied = SIZES[name.split("-")[1].split("_")[0]]
-    config = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": vocabulary}
-    config |= {"num_attention_heads": heads, "num_key_value_heads": kv, "tie_word_embeddings": tied}
+    config = Qwen2(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        tie_word_embeddings=tied,
+    )
     header = " ".join(line.strip("# ") for line in shipped_recipes()[name].read_text().splitlines() if "#" in line[:1])
     recipe = load_recipe(name)
     span = recipe.data.max_length * (2 if recipe.method == "dpo" else 1)

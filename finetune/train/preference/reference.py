@@ -32,12 +32,13 @@ from finetune import console
 from finetune.compute.losses import LOSSES
 from finetune.errors import RecipeError
 from finetune.files import json_text, replace_file
-from finetune.model import convert
-from finetune.model.load import load_model, set_parameter
+from finetune.model.identity import model_digest
+from finetune.model.load import load_model
 from finetune.model.lora import adapter_disabled, lora_layers, merge_lora
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.runtime import paddle as _bring_up
-from finetune.model.tensorfile import TensorFolder
+from finetune.model.tensors import set_parameter
+from finetune.model.weights import open_adapter
 from finetune.rows.plan import EpochPlan
 from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
 from finetune.train.task import evaluation_batches
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from finetune.train.task import Ready
 
 _SAVE_SECONDS = 60.0
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Reference(Protocol):
@@ -184,13 +185,12 @@ def _check_vocabulary(tokenizer, other: ModelSource) -> None:
 
 def _initial_adapter(model, source: ModelSource) -> dict[str, dict[str, paddle.Tensor]]:
     """The adapter's tensors as its folder holds them, by module name: {"lora_A", "lora_B"}."""
-    layers, tensors = lora_layers(model), TensorFolder(source.folder, source.stem)
+    layers, (adapter, _) = lora_layers(model), open_adapter(source)
     found: dict[str, dict[str, paddle.Tensor]] = {name: {} for name in layers}
-    for name in tensors.entries:
-        module, part = convert.parse_adapter_name(name, source.layout)
-        array = tensors.read(name)
+    for name, weight in adapter.items():
+        module, _, part = name.rpartition(".")
         found[module][part] = getattr(layers[module], part).detach().clone()
-        set_parameter(found[module][part], array.T if source.layout == "peft" else array)
+        set_parameter(found[module][part], weight.read().T)
     return found
 
 
@@ -342,7 +342,7 @@ def _identity(ready: Ready, section: DpoSection) -> dict[str, Any]:
     template = prepared.tokenizer.chat_template or ""
     identity: dict[str, Any] = {
         "format": _FORMAT,
-        "model": _model_digest(source),
+        "model": model_digest(source),
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "dtype": ready.dtype,
     }
@@ -350,20 +350,6 @@ def _identity(ready: Ready, section: DpoSection) -> dict[str, Any]:
         # The base is then residual + starting factors, which is the same weight only up to rounding
         identity["pissa_rank"] = recipe.lora.rank
     return identity
-
-
-def _model_digest(source: ModelSource) -> str:
-    """SHA-256 over config and weights of a model, and of its base."""
-    digest = hashlib.sha256()
-    patterns = ("*.safetensors", "config.json", "adapter_config.json", "lora_config.json")
-    for path in sorted(p for pattern in patterns for p in source.folder.glob(pattern)):
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    if source.base is not None:
-        digest.update(_model_digest(source.base).encode())
-    return digest.hexdigest()
 
 
 def _data_digest(pairs: PairDataset) -> str:

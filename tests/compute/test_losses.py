@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from finetune.model.runtime import paddle as bring_up
 
 paddle = bring_up()
 
+from finetune.compute import losses  # noqa: E402
 from finetune.compute.losses import (  # noqa: E402
     LOSSES,
     PairLogps,
@@ -24,6 +30,8 @@ from finetune.compute.losses import (  # noqa: E402
     orpo_loss,
     sppo_hard_loss,
 )
+from tests.runs import steps  # noqa: E402
+from tests.tiny import tiny_model  # noqa: E402
 
 # Four pairs: the policy better, worse, far better and far worse than the reference on the chosen response.
 POLICY_W = np.array([-12.5, -30.25, -7.0, -41.0])
@@ -301,3 +309,41 @@ def test_recipe_refuses_options_that_a_loss_does_not_read(name, option, value):
     recipe = {"method": "dpo", "model": {"path": "m"}, "data": {"train": [{"path": "d"}]}}
     _, findings = check_tree(recipe | {"dpo": {"loss_type": name, option: value}})
     assert bool(findings) == (option not in LOSSES[name].options)
+
+
+def test_a_new_loss_is_one_entry_in_one_file(tmp_path):
+    """A copy of the package with `exp` and a key of its own added here: recipe, rules and training know it."""
+    package = tmp_path / "package"
+    shutil.copytree(
+        Path(losses.__file__).parents[1], package / "finetune", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    file = package / "finetune" / "compute" / "losses.py"
+    text = file.read_text(encoding="utf-8")
+    function = (
+        "def exp_loss(policy, reference, *, beta, exp_scale):\n"
+        "    chosen, rejected = _log_ratios(policy, reference)\n"
+        "    return _with_rewards((-beta * exp_scale * (chosen - rejected)).exp(), beta, chosen, rejected)\n\n\n"
+    )
+    for place, before, behind in (
+        ("LOSSES: dict[str, LossKind] = {\n", function, '    "exp": LossKind(exp_loss, {"exp_scale": 2.0}),\n'),
+        ("    beta: Annotated[float, Field(gt=0, le=1000)] = 0.1\n", "", "    exp_scale: float | None = None\n"),
+    ):
+        assert text.count(place) == 1
+        text = text.replace(place, before + place + behind)
+    file.write_text(text, encoding="utf-8")
+    base, rows, recipe = tiny_model(tmp_path / "base"), tmp_path / "pairs.jsonl", tmp_path / "recipe.yaml"
+    rows.write_text('{"prompt": "say one", "chosen": "one", "rejected": "two"}\n' * 2)
+    recipe.write_text(f"method: dpo\nmodel: {{path: {base}}}\ndata: {{train: [{{path: {rows}}}], max_length: 128}}\n")
+    run, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(package)}
+
+    def train(*overrides: str) -> str:
+        command = [sys.executable, "-m", "finetune", "train", recipe, f"training.output_dir={run}", *overrides]
+        return subprocess.run(command, capture_output=True, text=True, cwd=package, env=environment).stderr
+
+    assert "Finished." in train("dpo.loss_type=exp", "training.max_steps=1")
+    assert "exp_scale: 2.0" in (run / "recipe.yaml").read_text(encoding="utf-8")
+    assert steps(run)[0]["loss"] == 1.0  # policy and reference are equal before the first step, and e^0 is 1
+    assert "hinge does not use it. Remove it or write 'loss_type: exp'" in train(
+        "dpo.loss_type=hinge", "dpo.exp_scale=1.0"
+    )
+    assert "Did you mean exp?" in train("dpo.loss_type=exq")

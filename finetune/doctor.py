@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 PADDLE_VERSION = "3.3.1"
 PADDLENLP_VERSION = "3.0.0b4"
@@ -250,9 +252,6 @@ def check_disk(gib: float) -> Check:
 
 def check_hub(url: str = HUB) -> Check:
     """Whether the hub answers."""
-    from urllib.error import HTTPError, URLError
-    from urllib.request import Request, urlopen
-
     try:
         urlopen(Request(url, method="HEAD"), timeout=10).close()
     except HTTPError:

@@ -35,10 +35,6 @@ FLOORS = (
 )
 HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
-# Inside functions only, each for a reason.
-EXCEPTIONS = {
-    ("chat/tokenizer.py", "finetune.model.runtime"),  # return_tensors="pd"
-}
 MAY_TOUCH_PADDLE = {"model", "compute", "train", "infer", "export", "evaluate"}
 
 
@@ -74,11 +70,9 @@ def _imports(file: Path) -> list[tuple[str, ast.AST, bool]]:
 def test_imports_point_down(file):
     room = _room(file)
     assert room in HEIGHT, f"{room} is a new room: give it a floor"
-    for module, node, at_top in _imports(file):
+    for module, node, _ in _imports(file):
         parts = module.split(".")
         if parts[0] != "finetune" or len(parts) == 1 or parts[1] == room:
-            continue
-        if (str(file.relative_to(PACKAGE)), module) in EXCEPTIONS and not at_top:
             continue
         assert HEIGHT[parts[1]] < HEIGHT[room], f"{file}:{node.lineno}: {room} imports {module}"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Tokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.padding_side = "left"
+        self.tensors: dict[str, Callable[[np.ndarray], Any]] = {"np": np.asarray}
         self.special_tokens = {k: v for k, v in (special_tokens or {}).items() if v is not None}
         self.templates = {
             name: ChatTemplate(source, f"{where}: {name} chat template") for name, source in (templates or {}).items()
@@ -243,7 +244,8 @@ class Tokenizer:
         """Encode one text or several.
 
         Args:
-            return_tensors: None for lists, "np" for numpy int64, "pd" for Paddle int64 tensors, both [B, L].
+            return_tensors: None for lists; else int64 tensors [B, L] of a kind in `tensors`: "np" for NumPy's, and
+                "pd" for Paddle's where `finetune.AutoTokenizer` opened the tokenizer.
             padding: Pad to the longest; needed for tensors of texts that differ in length.
             padding_side: "left" (default, for generation) or "right".
 
@@ -267,14 +269,11 @@ class Tokenizer:
             return Encoded(input_ids=rows[0] if single else rows, attention_mask=masks[0] if single else masks)
         if len({len(row) for row in rows}) > 1:
             raise ValueError("texts of different length do not fit one tensor; pass padding=True")
-        arrays = {"input_ids": np.asarray(rows, np.int64), "attention_mask": np.asarray(masks, np.int64)}
-        if return_tensors == "np":
-            return Encoded(arrays)
-        if return_tensors != "pd":
-            raise ValueError(f"return_tensors is {return_tensors!r}; use None, 'np' or 'pd'")
-        from finetune.model.runtime import paddle
-
-        return Encoded({name: paddle().to_tensor(array) for name, array in arrays.items()})
+        if return_tensors not in self.tensors:
+            known = ", ".join(map(repr, self.tensors))
+            raise ValueError(f"return_tensors is {return_tensors!r}; it may be None or {known}")
+        make = self.tensors[return_tensors]
+        return Encoded(input_ids=make(np.asarray(rows, np.int64)), attention_mask=make(np.asarray(masks, np.int64)))
 
     # -- chats -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 from finetune.errors import ArgumentError, FinetuneError
+from finetune.export.gguf import write_gguf
 from finetune.files import check_new, new_folder, write_json
 from finetune.model.adapters import peft_config
 from finetune.model.config import DTYPES
@@ -124,8 +125,6 @@ def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Writte
         stored = weights[f"{EMBEDDING}.weight"].dtype.name
         dtype = stored if stored in DTYPES else "float32"
     if format == "gguf":
-        from finetune.export.gguf import write_gguf
-
         name, tokenizer, generation = Path(source.name).name, source.tokenizer_folder, source.generation_file
         write_gguf(source.config, weights, folder, dtype=dtype, tokenizer=tokenizer, generation=generation, name=name)
     else:

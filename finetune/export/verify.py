@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.export.gguf import read_gguf
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
@@ -53,8 +54,6 @@ def _logits(loaded: LoadedModel, prompts: np.ndarray) -> np.ndarray:
 
 def load_gguf(source: ModelSource, folder: Path) -> LoadedModel:
     """A GGUF export of `source` as a float32 model."""
-    from finetune.export.gguf import read_gguf
-
     with paddle.utils.unique_name.guard():
         model = build_model(source.config, "float32")
         fill(model, read_gguf(source.config, folder))

@@ -22,8 +22,10 @@ import numpy as np
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError
+from finetune.infer.open import open_tokenizer, read_generation_config
 from finetune.infer.sampling import Sampling
 from finetune.model.resolve import resolve_model
+from finetune.model.runtime import paddle
 
 DEFAULT_NEW_TOKENS = 20  # transformers' default when neither max_new_tokens nor max_length is given
 
@@ -62,9 +64,9 @@ class AutoTokenizer:
     @staticmethod
     def from_pretrained(model: str) -> Tokenizer:
         """The tokenizer of any MODEL: hub id, model folder, adapter, checkpoint or run."""
-        from finetune.infer.open import open_tokenizer
-
-        return open_tokenizer(resolve_model(str(model)))
+        tokenizer = open_tokenizer(resolve_model(str(model)))
+        tokenizer.tensors["pd"] = lambda array: paddle().to_tensor(array)
+        return tokenizer
 
 
 class AutoModelForCausalLM:
@@ -78,7 +80,6 @@ class AutoModelForCausalLM:
             model: Hub id, model folder, adapter, checkpoint or run.
             dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16 or float16.
         """
-        from finetune.infer.open import read_generation_config
         from finetune.model.load import load_model
 
         source = resolve_model(str(model))
@@ -128,8 +129,6 @@ class Generate:
             ArgumentError: a setting is unknown, out of range or not supported here.
             DataError: a prompt is empty or fills the model's context.
         """
-        from finetune.model.runtime import paddle
-
         if unknown := sorted(settings.keys() - _HONOURED - _NEUTRAL.keys()):
             raise ArgumentError(
                 f"generate does not know {', '.join(unknown)}", fix="model.paddle_generate is PaddleNLP's own."
@@ -198,8 +197,6 @@ def _seeds(rows: int, sampling: Sampling, seed: int | None) -> list[int | None]:
     if sampling.temperature == 0.0:
         return [None] * rows
     if seed is None:
-        from finetune.model.runtime import paddle
-
         return [int(value) for value in paddle().randint(0, 2**31 - 1, [rows])]
     return [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(rows)]
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
+from finetune.errors import ArgumentError
 from finetune.model.deferred import defer_paddlenlp
 
 _NOISE = (
@@ -80,8 +81,6 @@ def resolve_dtype(name: str) -> str:
     Raises:
         ArgumentError: half precision asked for on CPU, where paddle has no kernels for it.
     """
-    from finetune.errors import ArgumentError
-
     on_cpu = device() == "cpu"
     if name == "auto":
         return "float32" if on_cpu else "bfloat16"

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from finetune.chat.example import IGNORE, Example, PairExample
 from finetune.chat.tokenizer import Tokenizer
+from finetune.model.resolve import resolve_model
 from finetune.rows.dataset import DataReport, build_dataset
 
 TRAINED = "bold black on green3"
@@ -37,9 +38,6 @@ def preview(recipe: Any, n: int | None = 3, as_json: bool = False, base: Path | 
     Raises:
         DataError: a row is wrong. CheckpointError: the model's folder or tokenizer is.
     """
-    # Only the folder is looked up; models stand above this package, and no weight is read.
-    from finetune.model.resolve import resolve_model
-
     tokenizer = Tokenizer.from_folder(resolve_model(recipe.model.path).tokenizer_folder)
     rows, report = build_dataset(
         recipe.data.train, tokenizer, data=recipe.data, method=recipe.method, base=base, limit=n

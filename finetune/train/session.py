@@ -17,7 +17,7 @@ from finetune.model.adapters import LoraSettings
 from finetune.model.build import causal_lm
 from finetune.model.load import load_model
 from finetune.model.lora import add_lora, lora_layers, merge_lora, training_state
-from finetune.model.runtime import device
+from finetune.model.runtime import device, paddle
 from finetune.model.save import save_hf, save_peft
 from finetune.model.tensors import as_numpy
 from finetune.model.write import read_companions
@@ -260,9 +260,7 @@ def _continued(wanted: LoraSettings, found: LoraSettings) -> LoraSettings:
 
 def _apply(model, settings: LoraSettings) -> None:
     """Give a loaded adapter the training-time settings that its folder does not hold."""
-    import paddle
-
     model.settings = settings
     for layer in lora_layers(model).values():
-        layer.lora_dropout = paddle.nn.Dropout(settings.dropout) if settings.dropout else (lambda x: x)
+        layer.lora_dropout = paddle().nn.Dropout(settings.dropout) if settings.dropout else (lambda x: x)
         layer.lora_B.optimize_attr["learning_rate"] = settings.lora_plus_ratio

@@ -498,11 +498,8 @@ def test_all_code_that_decides_what_a_token_is_is_in_the_key():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] != "finetune":
                 continue
-            # Paddle is brought up only where a caller asks for tensors (return_tensors="pd").
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            paths = {
-                package.parent / f"{name.replace('.', '/')}.py" for name in names if name != "finetune.model.runtime"
-            }
+            paths = {package.parent / f"{name.replace('.', '/')}.py" for name in names}
             waiting += [path for path in paths if path.is_file() and path not in seen]
     assert package / "chat/render.py" in seen and package / "errors.py" in seen and len(seen) > 12
     assert seen <= set(cache.code_files())

@@ -29,6 +29,7 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from finetune import console
+from finetune.chat.tokenizer import Tokenizer
 from finetune.compute.losses import LOSSES
 from finetune.errors import RecipeError
 from finetune.files import json_text, replace_file
@@ -172,8 +173,6 @@ def _load(source: ModelSource, dtype: str):
 
 
 def _check_vocabulary(tokenizer, other: ModelSource) -> None:
-    from finetune.chat.tokenizer import Tokenizer
-
     theirs = Tokenizer.from_folder(other.tokenizer_folder)
     if theirs.backend.get_vocab() != tokenizer.backend.get_vocab():
         raise RecipeError(

@@ -1,4 +1,6 @@
-"""Imports point one way: cli; train, serve, export, evaluate; infer; recipe; rows, compute; model; chat; errors.
+"""The shape of the house: imports point one way and never in a circle, files and functions stay small.
+
+The way is cli; train, serve, export, evaluate; infer; recipe; rows, compute; model; chat; errors.
 
 `recipe` stands above the rooms whose choices it offers: the forms of rows, the losses, the modules of a model. Each of
 them is one entry where it is done, and the recipe's allowed names, rules and messages derive from it. What it imports
@@ -10,6 +12,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,57 +42,182 @@ HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
 MAY_TOUCH_PADDLE = {"model", "compute", "train", "infer", "export", "evaluate"}
 
+# Imports inside functions count as imports in every test below, and are made for these reasons only.
+LATE = {
+    "a command loads its own part, and --help none": {("cli.py", "finetune"), ("__init__.py", "finetune.infer.auto")},
+    "only models and data from a hub need it": {
+        ("model/hubs/aistudio.py", "aistudio_sdk"),
+        ("model/hubs/huggingface.py", "huggingface_hub"),
+        ("model/hubs/huggingface.py", "requests"),
+        ("model/hubs/modelscope.py", "modelscope_hub"),
+        ("model/hubs/paddlenlp.py", "paddlenlp"),
+        ("model/hubs/paddlenlp.py", "requests"),
+        ("model/hubs/store.py", "requests"),
+    },
+    "only some kinds of files, and caches, need it": {
+        ("rows/arrowfile.py", "pyarrow"),
+        ("rows/cache.py", "pyarrow"),
+        ("rows/sources.py", "datasets"),
+    },
+    "not installed by default, which has a message of its own": {
+        ("evaluate/run.py", "lm_eval"),
+        ("evaluate/run.py", "datasets"),
+        ("evaluate/run.py", "finetune.evaluate.harness"),
+        ("export/gguf.py", "gguf"),
+    },
+    "takes hold of the terminal": {("infer/chat.py", "readline")},
+    "paddle takes seconds, and is brought up quietly": {
+        ("model/runtime.py", "paddle"),
+        ("model/runtime.py", "paddlenlp"),
+    },
+    "what comes before works without paddle: arguments, a tokenizer, a dry run, the launcher, one process": {
+        ("export/export.py", "finetune.export.verify"),
+        ("infer/auto.py", "finetune.infer.engine"),
+        ("infer/auto.py", "finetune.model.load"),
+        ("infer/open.py", "finetune.compute.packed"),
+        ("infer/open.py", "finetune.infer.engine"),
+        ("infer/open.py", "finetune.model.load"),
+        ("infer/open.py", "finetune.model.lora"),
+        ("train/processes/parallel.py", "paddle"),
+        ("train/processes/sharding.py", "paddle"),
+        ("train/run.py", "finetune.train.processes.launch"),
+        ("train/run.py", "finetune.train.resume"),
+        ("train/run.py", "finetune.train.session"),
+    },
+}
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+MOST_LINES_OF_A_FUNCTION = 60
+LONGER = {("train/loop.py", "train_loop")}  # read top to bottom, it is what a step is
+MOST_LINES_OF_A_FILE = {"finetune": 500, "tests": 600, "benchmarks": 600}
 
-def _room(file: Path) -> str:
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module.
+
+    Attributes:
+        module: In full; `from finetune.model import convert` imports finetune.model.convert.
+        line: Where.
+        late: Whether inside a function.
+    """
+
+    module: str
+    line: int
+    late: bool
 
 
-def _imports(file: Path) -> list[tuple[str, ast.AST, bool]]:
-    """(module, node, at the top level) of every import; those for type checkers only are left out."""
+def _name(file: Path) -> str:
+    return str(file.relative_to(PACKAGE))
+
+
+def _module(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {_module(file): file for file in FILES}
+
+
+def _room(module: str) -> str:
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+@cache
+def _imports(file: Path) -> tuple[Import, ...]:
+    """All imports of a file, those inside functions too; those for type checkers only are left out."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    typing_only = {
-        id(inner)
+    typing_only = {id(inner) for node in ast.walk(tree) if _is_for_typing(node) for inner in ast.walk(node)}
+    late = {id(inner) for node in ast.walk(tree) if isinstance(node, FUNCTIONS) for inner in ast.walk(node)}
+    return tuple(
+        Import(module, node.lineno, id(node) in late)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    top = {id(node) for node in tree.body}
-    found = []
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.Import):
-            found += [(alias.name, node, id(node) in top) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: write imports in full"
-            found.append((node.module, node, id(node) in top))
-            if node.module == "finetune":
-                found += [(f"finetune.{a.name}", node, id(node) in top) for a in node.names if a.name in HEIGHT]
-    return found
+        if id(node) not in typing_only
+        for module in _modules_of(node, file)
+    )
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def _is_for_typing(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+
+
+def _modules_of(node: ast.AST, file: Path) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0 and node.module, f"{file}:{node.lineno}: write imports in full"
+        names = (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from {name if name in MODULES else node.module for name in names}
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
 def test_imports_point_down(file):
-    room = _room(file)
+    room = _room(_module(file))
     assert room in HEIGHT, f"{room} is a new room: give it a floor"
-    for module, node, _ in _imports(file):
-        parts = module.split(".")
-        if parts[0] != "finetune" or len(parts) == 1 or parts[1] == room:
-            continue
-        assert HEIGHT[parts[1]] < HEIGHT[room], f"{file}:{node.lineno}: {room} imports {module}"
+    for found in _imports(file):
+        if found.module in MODULES and found.module != "finetune" and _room(found.module) != room:
+            below = HEIGHT[_room(found.module)] < HEIGHT[room]
+            assert below, f"{file}:{found.line}: {room} imports {found.module}"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_imports_in_a_circle():
+    needs = {name: {found.module for found in _imports(file)} - {name} for name, file in MODULES.items()}
+    assert not _in_circles(needs)
+
+
+def _in_circles(needs: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Those that both need and are needed, by others of which the same is true."""
+    while True:
+        kept = {name: {other for other in others if other in needs} for name, others in needs.items()}
+        needed = set().union(*kept.values())
+        kept = {name: others for name, others in kept.items() if others and name in needed}
+        if kept == needs:
+            return needs
+        needs = kept
+
+
+def test_imports_inside_functions_have_a_reason():
+    allowed = {place for places in LATE.values() for place in places}
+    used = set()
+    for file in FILES:
+        for found in _imports(file):
+            if found.late:
+                places = {(name, late) for name, late in allowed if name == _name(file) and _is_in(found.module, late)}
+                assert places, f"{file}:{found.line}: import {found.module} at the top, or say in LATE why not"
+                used |= places
+    assert used == allowed, "LATE names imports that are no more"
+
+
+def _is_in(module: str, package: str) -> bool:
+    return f"{module}.".startswith(f"{package}.")
+
+
+def test_functions_are_short():
+    found = {
+        (_name(file), node.name)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, FUNCTIONS[:2])
+        if (node.end_lineno or 0) - node.lineno >= MOST_LINES_OF_A_FUNCTION
+    }
+    assert found == LONGER
+
+
+@pytest.mark.parametrize(("folder", "most"), MOST_LINES_OF_A_FILE.items())
+def test_files_are_short(folder, most):
+    for file in (ROOT / folder).rglob("*.py"):
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        assert lines <= most, f"{file} has {lines} lines"
+
+
+@pytest.mark.parametrize("file", FILES, ids=_name)
 def test_paddle_is_imported_in_its_rooms_and_after_bring_up(file):
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for module, node, at_top in _imports(file):
-        name = module.split(".")[0]
-        assert name not in ("torch", "transformers", "trl", "peft"), f"{file}:{node.lineno}: {name} is not a dependency"
+    lines, room = file.read_text(encoding="utf-8").splitlines(), _room(_module(file))
+    for found in _imports(file):
+        name, place = found.module.split(".")[0], f"{file}:{found.line}"
+        assert name not in ("torch", "transformers", "trl", "peft"), f"{place}: {name} is not a dependency"
         if name not in ("paddle", "paddlenlp"):
             continue
-        assert _room(file) in MAY_TOUCH_PADDLE, f"{file}:{node.lineno}: {_room(file)} imports {name}"
-        if at_top:
-            assert "_bring_up()" in lines[: node.lineno], f"{file}:{node.lineno}: call _bring_up() first"
+        assert room in MAY_TOUCH_PADDLE, f"{place}: {room} imports {name}"
+        assert found.late or "_bring_up()" in lines[: found.line], f"{place}: call _bring_up() first"
 
 
 def _modules_after(code: str) -> set[str]:

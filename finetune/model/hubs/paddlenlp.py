@@ -16,6 +16,7 @@ from urllib.parse import quote
 from finetune.errors import CheckpointError
 from finetune.model.hubs import store
 from finetune.model.hubs.hub import Kind, Listing, RemoteFile, Repo
+from finetune.model.runtime import paddle
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 NAMES = (
@@ -132,8 +133,6 @@ def _prefix() -> str:
     """Where the community files are: as PaddleNLP has it, which is loaded only to be asked."""
     if prefix := os.environ.get("COMMUNITY_MODEL_PREFIX"):
         return prefix
-    from finetune.model.runtime import paddle
-
     paddle()
     from paddlenlp.utils.downloader import COMMUNITY_MODEL_PREFIX
 

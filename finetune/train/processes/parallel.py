@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from finetune.model.runtime import paddle as bring_up
+
 # Gradients are joined into buffers of this many elements before they are summed over ranks.
 _BUCKET = 16 * 1024 * 1024
 
@@ -97,8 +99,6 @@ def world_from_environment() -> World:
 def join(world: World) -> None:
     """Connect this process to its peers."""
     if world.size > 1:
-        from finetune.model.runtime import paddle
-
-        module = paddle()
+        module = bring_up()
         with contextlib.redirect_stderr(io.StringIO()):  # it lists flags that Paddle itself changed
             module.distributed.init_parallel_env()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests" / "parity")]
 
-from measure import (  # noqa: E402
+from measure import (
     MATMUL_SHAPE,
     Marks,
     Stopwatch,
@@ -25,9 +25,9 @@ from measure import (  # noqa: E402
 JOB = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 MARKS = Marks(JOB)
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from ref_common import Recorded, load_model, load_tokenizer, read_rows, training_arguments  # noqa: E402
+import torch
+from datasets import Dataset
+from ref_common import Recorded, load_model, load_tokenizer, read_rows, training_arguments
 
 
 class Marked(Recorded):

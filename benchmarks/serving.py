@@ -19,8 +19,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.infer.scripted import Served, serving  # noqa: E402
-from tests.tiny import Shape, tiny_model  # noqa: E402
+from tests.infer.scripted import Served, serving
+from tests.tiny import Shape, tiny_model
 
 
 def main() -> None:

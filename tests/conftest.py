@@ -9,9 +9,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `from tests.tiny import ...` works anywhere
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.tiny import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -22,12 +22,12 @@ from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 
-import paddle  # noqa: E402
-import paddle.nn.functional as F  # noqa: E402
+import paddle
+import paddle.nn.functional as F
 
-from finetune.compute.memory import array_of  # noqa: E402
-from finetune.compute.packed import PackedLinear, Steps  # noqa: E402
-from finetune.model.build import body_of, causal_lm, config_of  # noqa: E402
+from finetune.compute.memory import array_of
+from finetune.compute.packed import PackedLinear, Steps
+from finetune.model.build import body_of, causal_lm, config_of
 
 # The cache grows by this many positions: one copy of the cache per 128 tokens, and no memory for tokens never made.
 _BLOCK = 128

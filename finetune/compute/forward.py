@@ -17,9 +17,9 @@ from finetune.model.build import body_of, causal_lm
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
-import paddle  # noqa: E402
-import paddle.nn.functional as F  # noqa: E402
-from paddle.autograd import PyLayer  # noqa: E402
+import paddle
+import paddle.nn.functional as F
+from paddle.autograd import PyLayer
 
 
 def token_logps(model, layout: Layout) -> paddle.Tensor:

@@ -20,10 +20,10 @@ from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 
-import paddle  # noqa: E402
+import paddle
 
-from finetune.model.build import body_of, config_of  # noqa: E402
-from finetune.model.family import ATTENTION, MLP  # noqa: E402
+from finetune.model.build import body_of, config_of
+from finetune.model.family import ATTENTION, MLP
 
 # Values of MKL's enumerations (mkl_cblas.h).
 _ROW_MAJOR, _AS_IS, _TURNED, _PACKED, _B_MATRIX = 101, 111, 112, 151, 162

@@ -11,11 +11,11 @@ from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 
-import paddle  # noqa: E402
+import paddle
 
-from finetune.model.build import build_model, fill  # noqa: E402
-from finetune.model.load import LoadedModel, load_model  # noqa: E402
-from finetune.model.resolve import ModelSource  # noqa: E402
+from finetune.model.build import build_model, fill
+from finetune.model.load import LoadedModel, load_model
+from finetune.model.resolve import ModelSource
 
 PROMPTS, LENGTH = 4, 32
 

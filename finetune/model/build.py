@@ -16,18 +16,18 @@ from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 
-import paddle  # noqa: E402
-from paddle.nn.initializer import Initializer, set_global_initializer  # noqa: E402
-from paddlenlp.peft.lora import LoRAModel  # noqa: E402
-from paddlenlp.transformers import AutoModelForCausalLM, Qwen2Config  # noqa: E402
-from paddlenlp.transformers.model_utils import no_init_weights  # noqa: E402
-from paddlenlp.transformers.qwen2.modeling import Qwen2RotaryEmbedding  # noqa: E402
+import paddle
+from paddle.nn.initializer import Initializer, set_global_initializer
+from paddlenlp.peft.lora import LoRAModel
+from paddlenlp.transformers import AutoModelForCausalLM, Qwen2Config
+from paddlenlp.transformers.model_utils import no_init_weights
+from paddlenlp.transformers.qwen2.modeling import Qwen2RotaryEmbedding
 
-from finetune.model import convert  # noqa: E402
-from finetune.model.config import paddle_config, read_config  # noqa: E402
-from finetune.model.family import Architecture  # noqa: E402
-from finetune.model.tensors import as_numpy, name_of, set_parameter  # noqa: E402
-from finetune.model.weights import Weight, numpy_dtype  # noqa: E402
+from finetune.model import convert
+from finetune.model.config import paddle_config, read_config
+from finetune.model.family import Architecture
+from finetune.model.tensors import as_numpy, name_of, set_parameter
+from finetune.model.weights import Weight, numpy_dtype
 
 _FIRST_ROTARY_LENGTH = 2048
 

@@ -13,15 +13,15 @@ from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 
-import paddle  # noqa: E402
+import paddle
 
-from finetune.model.adapters import LoraSettings  # noqa: E402
-from finetune.model.build import build_model, fill  # noqa: E402
-from finetune.model.family import Architecture  # noqa: E402
-from finetune.model.lora import attach_adapter  # noqa: E402
-from finetune.model.resolve import ModelSource, resolve_model  # noqa: E402
-from finetune.model.runtime import resolve_dtype  # noqa: E402
-from finetune.model.weights import base_weights  # noqa: E402
+from finetune.model.adapters import LoraSettings
+from finetune.model.build import build_model, fill
+from finetune.model.family import Architecture
+from finetune.model.lora import attach_adapter
+from finetune.model.resolve import ModelSource, resolve_model
+from finetune.model.runtime import resolve_dtype
+from finetune.model.weights import base_weights
 
 
 @dataclass

@@ -19,18 +19,18 @@ from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 
-import paddle  # noqa: E402
-from paddlenlp.peft.lora import LoRAConfig, LoRAModel  # noqa: E402
-from paddlenlp.peft.lora.lora_layers import LoRALinear  # noqa: E402
+import paddle
+from paddlenlp.peft.lora import LoRAConfig, LoRAModel
+from paddlenlp.peft.lora.lora_layers import LoRALinear
 
-from finetune.errors import ArgumentError, CheckpointError  # noqa: E402
-from finetune.model import convert  # noqa: E402
-from finetune.model.adapters import LoraSettings, target_names  # noqa: E402
-from finetune.model.build import causal_lm, config_of, dtype_of, empty_parameters  # noqa: E402
-from finetune.model.resolve import ModelSource  # noqa: E402
-from finetune.model.tensorfile import Array  # noqa: E402
-from finetune.model.tensors import as_numpy, set_parameter  # noqa: E402
-from finetune.model.weights import audit, merge, open_adapter  # noqa: E402
+from finetune.errors import ArgumentError, CheckpointError
+from finetune.model import convert
+from finetune.model.adapters import LoraSettings, target_names
+from finetune.model.build import causal_lm, config_of, dtype_of, empty_parameters
+from finetune.model.resolve import ModelSource
+from finetune.model.tensorfile import Array
+from finetune.model.tensors import as_numpy, set_parameter
+from finetune.model.weights import audit, merge, open_adapter
 
 __all__ = [
     "LoraSettings",

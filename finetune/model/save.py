@@ -9,17 +9,17 @@ from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
 
-import paddle  # noqa: E402
-from paddlenlp.peft.lora import LoRAModel  # noqa: E402
+import paddle
+from paddlenlp.peft.lora import LoRAModel
 
-from finetune.errors import ArgumentError  # noqa: E402
-from finetune.files import new_folder, write_json  # noqa: E402
-from finetune.model.adapters import peft_config  # noqa: E402
-from finetune.model.build import config_of, dtype_of, model_weights  # noqa: E402
-from finetune.model.lora import adapter_state, lora_layers  # noqa: E402
-from finetune.model.tensorfile import Promise, write_tensors  # noqa: E402
-from finetune.model.weights import short_names  # noqa: E402
-from finetune.model.write import Companions, write_companions, write_hf, write_paddle  # noqa: E402
+from finetune.errors import ArgumentError
+from finetune.files import new_folder, write_json
+from finetune.model.adapters import peft_config
+from finetune.model.build import config_of, dtype_of, model_weights
+from finetune.model.lora import adapter_state, lora_layers
+from finetune.model.tensorfile import Promise, write_tensors
+from finetune.model.weights import short_names
+from finetune.model.write import Companions, write_companions, write_hf, write_paddle
 
 
 def save_hf(model: paddle.nn.Layer, folder: str | Path, *, dtype: str | None = None, **options: Any) -> None:

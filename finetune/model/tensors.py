@@ -10,7 +10,7 @@ from finetune.model.weights import numpy_dtype
 
 _bring_up()
 
-import paddle  # noqa: E402
+import paddle
 
 
 def name_of(dtype: paddle.dtype) -> str:

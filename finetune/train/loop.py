@@ -29,7 +29,7 @@ from finetune.train.processes.parallel import World
 from finetune.train.task import Batch, Evaluation, Task
 
 _bring_up()
-import paddle  # noqa: E402
+import paddle
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import TrainingSection

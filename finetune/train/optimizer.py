@@ -12,7 +12,7 @@ from finetune.errors import CheckpointError
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
-import paddle  # noqa: E402
+import paddle
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import TrainingSection

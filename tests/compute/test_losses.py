@@ -16,8 +16,8 @@ from finetune.model.runtime import paddle as bring_up
 
 paddle = bring_up()
 
-from finetune.compute import losses  # noqa: E402
-from finetune.compute.losses import (  # noqa: E402
+from finetune.compute import losses
+from finetune.compute.losses import (
     LOSSES,
     PairLogps,
     chosen_nll,
@@ -30,8 +30,8 @@ from finetune.compute.losses import (  # noqa: E402
     orpo_loss,
     sppo_hard_loss,
 )
-from tests.runs import steps  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
+from tests.runs import steps
+from tests.tiny import tiny_model
 
 # Four pairs: the policy better, worse, far better and far worse than the reference on the chosen response.
 POLICY_W = np.array([-12.5, -30.25, -7.0, -41.0])

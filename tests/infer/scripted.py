@@ -96,7 +96,7 @@ class Served:
 
 
 @contextmanager
-def serving(opened: Opened, limits: Limits = Limits(), **settings) -> Iterator[Served]:  # noqa: B008
+def serving(opened: Opened, limits: Limits = Limits(), **settings) -> Iterator[Served]:
     app = build_app(opened, "tiny", limits, **settings)
     listener = listen("127.0.0.1", 0)
     server = Server(app, lambda: None, grace=5)

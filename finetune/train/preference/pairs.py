@@ -16,7 +16,7 @@ from finetune.model.runtime import paddle as _bring_up
 from finetune.train.task import Packs
 
 _bring_up()
-import paddle  # noqa: E402
+import paddle
 
 
 @dataclass(frozen=True)

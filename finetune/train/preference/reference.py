@@ -45,7 +45,7 @@ from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, 
 from finetune.train.task import evaluation_batches
 
 _bring_up()
-import paddle  # noqa: E402
+import paddle
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import DpoSection

@@ -14,7 +14,7 @@ from finetune.train.preference.reference import make_references
 from finetune.train.task import Evaluation, evaluation_batches
 
 _bring_up()
-import paddle  # noqa: E402
+import paddle
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import DpoSection

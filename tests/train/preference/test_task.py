@@ -17,19 +17,19 @@ from tests.runs import WORDS, finetune, metrics, steps
 
 paddle = bring_up()
 
-from finetune.chat.tokenizer import Tokenizer  # noqa: E402
-from finetune.compute.layout import lay_out_pairs, lay_out_samples  # noqa: E402
-from finetune.compute.losses import LOSSES  # noqa: E402
-from finetune.model.adapters import LoraSettings  # noqa: E402
-from finetune.model.load import load_model  # noqa: E402
-from finetune.model.lora import add_lora  # noqa: E402
-from finetune.recipe.load import load_recipe  # noqa: E402
-from finetune.rows.dataset import build_dataset  # noqa: E402
-from finetune.train.optimizer import trainable_parameters  # noqa: E402
-from finetune.train.preference.pairs import PairBatch, PairBatcher  # noqa: E402
-from finetune.train.preference.reference import CachedReference  # noqa: E402
-from finetune.train.preference.task import DpoTask  # noqa: E402
-from finetune.train.processes.parallel import World  # noqa: E402
+from finetune.chat.tokenizer import Tokenizer
+from finetune.compute.layout import lay_out_pairs, lay_out_samples
+from finetune.compute.losses import LOSSES
+from finetune.model.adapters import LoraSettings
+from finetune.model.load import load_model
+from finetune.model.lora import add_lora
+from finetune.recipe.load import load_recipe
+from finetune.rows.dataset import build_dataset
+from finetune.train.optimizer import trainable_parameters
+from finetune.train.preference.pairs import PairBatch, PairBatcher
+from finetune.train.preference.reference import CachedReference
+from finetune.train.preference.task import DpoTask
+from finetune.train.processes.parallel import World
 
 LORA = "lora={rank: 4, alpha: 8}"
 TUNINGS = {"full": "lora=null", "lora": LORA, "pissa": "lora={rank: 4, alpha: 8, variant: pissa}"}

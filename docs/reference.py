@@ -1,10 +1,12 @@
 """What the pages derive from the code: `python -m docs.reference` writes it between their markers.
 
     <!-- begin recipe.training -->      the keys of a recipe's section: schema and docstrings
+    <!-- begin losses -->               the losses over pairs: their table, formulas and sources
     <!-- begin rooms -->                the rooms of the package, by floor: tests/test_layering.py and their docstrings
+    <!-- begin needs -->                the GPUs that the shipped recipes need, from their headers
 
-`page.zh.md` gets the same with the words of docs/zh.yaml. docs/rooms.svg is drawn too. A test fails where a page is not
-what this writes.
+`page.zh.md` and README.zh-CN.md get the same with the words of docs/zh.yaml. docs/rooms.svg is drawn too. A test fails
+where a page is not what this writes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -22,11 +24,15 @@ import annotated_types
 import yaml
 from pydantic.fields import FieldInfo
 
+from finetune.compute.losses import LOSSES
 from finetune.recipe import schema
+from finetune.recipe.shipped import shipped_recipes
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(DOCS.glob("*.md"))]
+ENGLISH_OF = {page: page.with_name(page.name.replace(".zh.md", ".md")) for page in DOCS.glob("*.zh.md")}
+ENGLISH_OF[ROOT / "README.zh-CN.md"] = ROOT / "README.md"
 
 SECTIONS: dict[str, type[schema.Section]] = {
     "recipe": schema.Recipe,
@@ -54,6 +60,10 @@ ENGLISH = {
     "to": "to {}",
     "below": "to below {}",
     "rooms head": "floor | room | what it does",
+    "losses head": "`loss_type` | loss of a pair | keys of its own | reference | source",
+    "yes": "yes",
+    "no": "no",
+    "needs head": "recipe | GPUs | memory of each",
 }
 
 
@@ -65,17 +75,19 @@ class Language:
         words: By the keys of ENGLISH.
         meanings: What keys ("training.seed") and rooms ("rooms.rows") mean, where the code does not say it in this
             language.
+        cells: Of tables that benchmarks write.
     """
 
     words: Mapping[str, str]
     meanings: Mapping[str, str]
+    cells: Mapping[str, str]
 
 
 @cache
 def languages() -> dict[str, Language]:
     """English, whose words are the code's, and those of docs/zh.yaml."""
     chinese = yaml.safe_load((DOCS / "zh.yaml").read_text(encoding="utf-8"))
-    return {"en": Language(ENGLISH, english()), "zh": Language(chinese["words"], chinese["meanings"])}
+    return {"en": Language(ENGLISH, english(), {}), "zh": Language(**chinese)}
 
 
 def english() -> dict[str, str]:
@@ -155,6 +167,32 @@ def _bounds(metadata: list[Any], words: Mapping[str, str]) -> Iterator[str]:
                 yield words[kinds[name]].format(f"{value:,.10g}")
 
 
+def losses_table(language: Language) -> str:
+    """The losses over pairs; formula and source are the first "loss = " and "arXiv:" of a function's docstring."""
+    lines = [f"| {language.words['losses head']} |", "| --- | --- | --- | --- | --- |"]
+    for name, kind in LOSSES.items():
+        text = kind.function.__doc__ or ""
+        formula, paper = re.search(r"loss = (.*)\.\n", text), re.search(r"arXiv:\d{4}\.\d{5}", text)
+        if formula is None or paper is None:
+            raise KeyError(f"the docstring of {kind.function.__name__} has no line 'loss = ...' or no arXiv number")
+        keys = ", ".join(f"`{key}`" for key in kind.options)
+        reference = language.words["yes" if kind.has_reference else "no"]
+        # A bar in a cell's code cannot be escaped for every reader of Markdown; this one looks the same.
+        lines.append(f"| `{name}` | `{formula[1].replace('|', '∣')}` | {keys} | {reference} | {paper[0]} |")
+    return "\n".join(lines)
+
+
+def needs_table(language: Language) -> str:
+    """The GPUs that each shipped recipe of a published model asks for in its header."""
+    numbers = {"one": 1, "two": 2, "four": 4, "eight": 8}
+    lines = [f"| {language.words['needs head']} |", "| --- | --- | --- |"]
+    for name, file in shipped_recipes().items():
+        asked = re.search(r"^# Needs: (\w+) GPUs? of (\d+ GB)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        if asked:
+            lines.append(f"| `{name}` | {numbers[asked[1]]} | {asked[2]} |")
+    return "\n".join(lines)
+
+
 # -- the rooms -------------------------------------------------------------------------------------------------
 
 
@@ -211,28 +249,43 @@ def rooms_drawing() -> str:
 
 # -- the pages -------------------------------------------------------------------------------------------------
 
-
-def made(name: str, language: Language) -> str:
-    """What belongs between the markers of this name.
-
-    Raises:
-        KeyError: nothing of this name is made here, or a key has no meaning in its docstring or in docs/zh.yaml.
-    """
-    kinds: dict[str, Callable[[Language], str]] = {"rooms": rooms_table}
-    if name.startswith("recipe."):
-        return recipe_table(name.removeprefix("recipe."), language)
-    return kinds[name](language)
+_MADE: dict[str, Callable[[Language], str]] = {"losses": losses_table, "needs": needs_table, "rooms": rooms_table} | {
+    f"recipe.{name}": partial(recipe_table, name) for name in SECTIONS
+}
+_BLOCK = re.compile(r"(?<=<!-- begin )([\w.]+)( -->\n).*?(?=<!-- end \1 -->)", re.DOTALL)
 
 
 def filled(page: Path) -> str:
-    """A page's text as it should be. Tables of the benchmarks, which stand between such markers too, are left."""
-    language = languages()["zh" if page.name.endswith(".zh.md") else "en"]
+    """A page's text as it should be.
+
+    Tables of the benchmarks stand between such markers too. In the English pages they are left as
+    `python -m benchmarks --tables` wrote them, and a Chinese page gets its English one's.
+    """
+    chinese = ENGLISH_OF.get(page)
+    language = languages()["zh" if chinese else "en"]
 
     def fill(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{made(match[2], language)}\n{match[3]}"
+        name = match[1]
+        if name in _MADE:
+            return f"{name}{match[2]}{_MADE[name](language)}\n"
+        return match[0] if chinese is None else f"{name}{match[2]}{translated(measured(chinese)[name], language)}"
 
-    pattern = r"(<!-- begin (recipe\.\w+|rooms) -->)\n.*?(<!-- end \2 -->)"
-    return re.sub(pattern, fill, page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return _BLOCK.sub(fill, page.read_text(encoding="utf-8"))
+
+
+@cache
+def measured(page: Path) -> dict[str, str]:
+    """What stands between the markers of a page, by name."""
+    return {match[1]: match[0].split("\n", 1)[1] for match in _BLOCK.finditer(page.read_text(encoding="utf-8"))}
+
+
+def translated(table: str, language: Language) -> str:
+    """A table with those of its cells in this language that `language.cells` knows."""
+
+    def cell(match: re.Match[str]) -> str:
+        return f"| {language.cells.get(match[1], match[1])} "
+
+    return re.sub(r"\| ([^|\n]*?) (?=\|)", cell, table)
 
 
 def main() -> int:

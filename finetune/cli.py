@@ -17,6 +17,7 @@ import typer
 
 from finetune import __version__
 from finetune.errors import ArgumentError, Fault, FinetuneError, UserError, did_you_mean
+from finetune.export.formats import DTYPES, FORMATS
 
 app = typer.Typer(
     name="finetune",
@@ -30,9 +31,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List, show or copy the recipes that come with the package.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
-
-FORMATS = ("hf", "paddle", "peft", "gguf")
-DTYPES = ("auto", "float32", "bfloat16", "float16", "q8_0")
 
 _UsageError: type[Exception] = typer.BadParameter.__base__  # its module's name depends on typer's version
 

@@ -56,15 +56,3 @@ def test_the_example_of_the_recipe_reference_is_valid(tmp_path):
     (tmp_path / "example.yaml").write_text(example, encoding="utf-8")
     recipe = load_recipe(tmp_path / "example.yaml")
     assert recipe.lora is not None and recipe.method == "sft"
-
-
-@pytest.mark.parametrize(
-    "page", ["README.md", "docs/recipe.md", "docs/log.md", "docs/serving.md", "docs/performance.md"]
-)
-def test_files_that_the_pages_name_are_there(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    named = re.findall(r"`((?:finetune|tests|docs|recipes)/[\w./-]+)`", text)
-    missing = [name for name in links if not ((ROOT / page).parent / name).exists()]
-    missing += [name for name in named if not (ROOT / name).exists()]
-    assert not missing

@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 from finetune.errors import ArgumentError, FinetuneError
+from finetune.export.formats import FORMATS
 from finetune.export.gguf import write_gguf
 from finetune.files import check_new, new_folder, write_json
 from finetune.model.adapters import peft_config
@@ -23,7 +24,7 @@ from finetune.model.tensorfile import write_tensors
 from finetune.model.weights import open_adapter, short_names, stored_weights
 from finetune.model.write import Companions, promise, read_companions, write_companions, write_hf, write_paddle
 
-FORMATS = ("hf", "paddle", "peft", "gguf")
+_WRITERS = {"hf": write_hf, "paddle": write_paddle}  # of whole models; peft and gguf have their own ways below
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _checked(source: ModelSource, format: str, dtype: str) -> tuple[str, str]:
     """Format and dtype, valid for this model; `auto` stays."""
     if format not in FORMATS:
         raise ArgumentError(f"is {format!r}", where="--format", fix=f"One of {', '.join(FORMATS)}.")
-    known = ("auto", *DTYPES, "q8_0") if format == "gguf" else ("auto", *DTYPES)
+    known = ("auto", *FORMATS[format])
     if dtype not in known:
         raise ArgumentError(f"is {dtype!r}", where="--dtype", fix=f"With --format {format}: {', '.join(known)}.")
     if format == "peft" and source.lora is None:
@@ -128,8 +129,7 @@ def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Writte
         name, tokenizer, generation = Path(source.name).name, source.tokenizer_folder, source.generation_file
         write_gguf(source.config, weights, folder, dtype=dtype, tokenizer=tokenizer, generation=generation, name=name)
     else:
-        write = write_hf if format == "hf" else write_paddle
-        write(source.config, weights, folder, dtype=dtype, tokenizer=_companions(source))
+        _WRITERS[format](source.config, weights, folder, dtype=dtype, tokenizer=_companions(source))
     merged = None
     if source.base and source.lora:
         merged = f"adapter of rank {source.lora.rank} merged into {source.base.name}"

@@ -144,7 +144,7 @@ def test_every_number_format_of_gguf_by_command(tiny_untied_folder, tmp_path, ca
 def test_what_goes_wrong_is_found_by_verify(adapter, tmp_path, monkeypatch):
     import finetune.export.export as module
 
-    write = module.write_hf
+    write = module._WRITERS["hf"]
 
     def spoiled(config, weights, folder, **keywords):
         write(config, weights, folder, **keywords)
@@ -152,7 +152,7 @@ def test_what_goes_wrong_is_found_by_verify(adapter, tmp_path, monkeypatch):
         tensors["model.norm.weight"] += np.float32(0.01)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(module, "write_hf", spoiled)
+    monkeypatch.setitem(module._WRITERS, "hf", spoiled)
     with pytest.raises(FinetuneError, match="largest logit difference"):
         export(adapter[0], tmp_path / "out", verify=True, say=lambda line: None)
 

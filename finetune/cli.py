@@ -32,7 +32,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List, show or copy the recipes that come with the package.", rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
 
-_UsageError: type[Exception] = typer.BadParameter.__base__  # its module's name depends on typer's version
+_UsageError: Any = typer.BadParameter.__base__  # its module's name depends on typer's version
 
 
 def _whole(low: int, high: int | None = None) -> Callable[[str], int]:

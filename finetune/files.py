@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from finetune.errors import CheckpointError, FinetuneError, StorageError
 
@@ -19,7 +20,7 @@ MAX_JSON_BYTES = 64 * 2**20  # the index of a 1000-shard model has 10 MB
 _COPY_AGAIN = "Copy the file again from where the folder came from."
 
 
-def read_json(path: Path, *, root: Path | None = None) -> dict:
+def read_json(path: Path, *, root: Path | None = None) -> dict[str, Any]:
     """Read a JSON object from a model folder.
 
     Args:
@@ -47,17 +48,13 @@ def read_json(path: Path, *, root: Path | None = None) -> dict:
     return value
 
 
-def no_duplicates(pairs: list[tuple[str, object]]) -> dict:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """`object_pairs_hook` of json.loads that refuses a key given twice."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError(f"key {_first_repeated(pairs)!r} is given twice")
+        [(name, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"key {name!r} is given twice")
     return value
-
-
-def _first_repeated(pairs: list[tuple[str, object]]) -> str:
-    seen: set[str] = set()
-    return next(name for name, _ in pairs if name in seen or seen.add(name))
 
 
 def within(name: str, folder: Path) -> Path:

@@ -35,7 +35,7 @@ class EvaluatedModel(TemplateLM):
         self.tokenizer = opened.tokenizer
 
     @property
-    def eot_token_id(self) -> int:
+    def eot_token_id(self) -> int | None:
         return self.tokenizer.eos_token_id
 
     @property

@@ -44,7 +44,7 @@ def score_continuations(
         A score for each pair, in their order. float32 inside, summed in float64.
     """
     inputs = [(*context, *continuation[:-1]) for context, continuation in pairs]
-    scores: list[Score | None] = [None] * len(pairs)
+    scores: dict[int, Score] = {}
     for row in _rows(inputs):
         layout = lay_out_continuations([[(inputs[i], pairs[i][1]) for i in group] for group in row])
         logps, greedy = score_tokens(model, layout)
@@ -54,7 +54,7 @@ def score_continuations(
         for index, logprob, wrong in zip(indices, sums, missed):
             scores[index] = Score(float(logprob), wrong == 0)
         on_scored(len(indices))
-    return scores
+    return [scores[index] for index in range(len(pairs))]
 
 
 def _rows(inputs: list[tuple[int, ...]]) -> Iterator[list[list[int]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -81,7 +81,7 @@ class Talk:
             f"the message is too long: {len(ids)} tokens, and there is room for {room}", fix="Shorten it, or /reset."
         )
 
-    def answer(self) -> Iterator[Delta]:
+    def answer(self) -> Generator[Delta, None, None]:
         """Stream the answer to the last message."""
         ids, dropped = self.prompt()
         if dropped:
@@ -93,7 +93,7 @@ class Talk:
         self.answers += 1
         return self.opened.engine.stream(ids, sampling)
 
-    def ask(self, text: str) -> Iterator[Delta]:
+    def ask(self, text: str) -> Generator[Delta, None, None]:
         """Stream the answer to a new message. Where reading stops, what was said so far is the answer.
 
         A message that cannot be answered, or whose answer was stopped before it began, is taken back.

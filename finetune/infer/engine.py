@@ -11,9 +11,10 @@ token, `drop` a row whose reader has gone.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -83,11 +84,14 @@ class Row:
         seed = self.request.sampling.seed
         self._rng = np.random.default_rng(None if seed is None else [seed, self.sample])
         self._counts: dict[int, int] = {}
-        self._prompt_ids = np.unique(self.request.prompt) if self.request.sampling.penalized else None
         self._sent = 0
         self._ends: list[int] = []  # length of the text after each token; kept only beside log-probabilities
         self._told = 0
         self._cut = False
+
+    @cached_property
+    def _prompt_ids(self) -> np.ndarray:
+        return np.unique(self.request.prompt)
 
     @property
     def likeliest(self) -> bool:
@@ -199,7 +203,7 @@ class Engine:
         stop_token_ids: Tokens that end every row whose request names none; default: the tokenizer's.
     """
 
-    def __init__(self, model, tokenizer: Tokenizer | None = None, *, stop_token_ids: Sequence[int] | None = None):
+    def __init__(self, model, tokenizer: Tokenizer | None = None, *, stop_token_ids: Iterable[int] | None = None):
         self.model, self.tokenizer = model, tokenizer
         self.decoder = Decoder(model)
         if stop_token_ids is None:
@@ -247,7 +251,7 @@ class Engine:
                         on_finish(row.request.index, done[row.request.index, row.sample])
         return [done[key] for key in sorted(done)]
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Sequence[int], sampling: Sampling | None = None) -> Generator[Delta, None, None]:
         """Answer one prompt, piece by piece; with n > 1, only the first sample. Stop reading to stop the work."""
         batch = Batch(self)
         with self.evaluating():
@@ -367,7 +371,7 @@ class Batch:
 
     def step(self) -> list[Row]:
         """Add one token to every row. Rows that finish leave and are returned."""
-        if not self.rows:
+        if self._cache is None:  # there are no rows
             return []
         logits = self._engine.decoder.step([row.tokens[-1] for row in self.rows], self._cache)
         _advance(self.rows, logits, range(len(self.rows)))
@@ -383,7 +387,7 @@ class Batch:
         kept = [i for i, row in enumerate(self.rows) if id(row) not in gone]
         if not kept:
             self._cache = None
-        elif len(kept) < len(self.rows):
+        elif self._cache is not None and len(kept) < len(self.rows):
             self._cache.select(kept)
         self.rows = [self.rows[i] for i in kept]
 

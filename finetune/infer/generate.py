@@ -25,7 +25,7 @@ from finetune.infer.open import open_model, open_tokenizer
 from finetune.infer.partial import PartialAnswers, hash_model, output_file, resuming
 from finetune.infer.prompts import Prompt, PromptReader
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Sampling
-from finetune.model.resolve import resolve_model
+from finetune.model.resolve import ModelSource, resolve_model
 
 if TYPE_CHECKING:
     from finetune.infer.engine import Engine, Output
@@ -69,25 +69,20 @@ def generate(
     _check_arguments(prompt, input, output, system, batch_size, raw)
     source = resolve_model(model)
     reader = PromptReader(open_tokenizer(source), source.config.max_position_embeddings, raw, system)
+    target = None if output is None else Path(output)
     if prompt is not None:
-        asked = reader.read({"prompt": prompt}, "--prompt")
-        engine = open_model(source, pack=True).engine
-        if output is None:
-            _stream(engine, asked, sampling)
-        else:
-            with output_file(Path(output)) as file:
-                file.write(_line(asked, engine.generate([asked.ids], sampling)[0]))
-        return
-    skip = on_bad_row == "skip"
-    work = _Work(reader.check(Path(input), skip), sampling, batch_size)
-    if output is None:
-        work.answer(open_model(source, pack=True).engine, reader.file(Path(input), skip), sys.stdout)
-        return
-    settings = [asdict(sampling), system, raw, on_bad_row]
-    identity = {"input": hash_file(Path(input)), "model": hash_model(source, Path(output)), "settings": settings}
-    with resuming(Path(output), work.count, json.loads(json.dumps(identity))) as partial:
-        if not partial.done.all():
-            work.resume(open_model(source, pack=True).engine, reader.file(Path(input), skip), partial)
+        _answer_one(source, reader.read({"prompt": prompt}, "--prompt"), sampling, target)
+    elif input is not None:
+        skip = on_bad_row == "skip"
+        work = _Work(reader.check(Path(input), skip), sampling, batch_size)
+        if target is None:
+            work.answer(open_model(source, pack=True).engine, reader.file(Path(input), skip), sys.stdout)
+            return
+        settings = [asdict(sampling), system, raw, on_bad_row]
+        identity = {"input": hash_file(Path(input)), "model": hash_model(source, target), "settings": settings}
+        with resuming(target, work.count, json.loads(json.dumps(identity))) as partial:
+            if not partial.done.all():
+                work.resume(open_model(source, pack=True).engine, reader.file(Path(input), skip), partial)
 
 
 def _sampling(
@@ -107,7 +102,14 @@ def _sampling(
     )
 
 
-def _check_arguments(prompt, input, output, system, batch_size: int, raw: bool) -> None:
+def _check_arguments(
+    prompt: str | None,
+    input: str | Path | None,
+    output: str | Path | None,
+    system: str | None,
+    batch_size: int,
+    raw: bool,
+) -> None:
     if (prompt is None) == (input is None):
         raise ArgumentError(
             "both --prompt and --input are given" if prompt is not None else "there is nothing to answer",
@@ -126,7 +128,13 @@ def _check_arguments(prompt, input, output, system, batch_size: int, raw: bool) 
             raise ArgumentError("input and output are the same file", where=f"--output {output}", fix="Give another.")
 
 
-def _stream(engine: Engine, asked: Prompt, sampling: Sampling) -> None:
+def _answer_one(source: ModelSource, asked: Prompt, sampling: Sampling, output: Path | None) -> None:
+    """Answer one prompt: to stdout as the words come, or into a file."""
+    engine = open_model(source, pack=True).engine
+    if output is not None:
+        with output_file(output) as file:
+            file.write(_line(asked, engine.generate([asked.ids], sampling)[0]))
+        return
     for delta in engine.stream(asked.ids, sampling):
         sys.stdout.write(delta.text)
         sys.stdout.flush()

@@ -106,7 +106,8 @@ class PromptReader:
         Raises:
             DataError: naming every bad line, up to MAX_FAULTS of them; with `skip_bad`, only if no line is good.
         """
-        count, bad, faults = 0, 0, []
+        count, bad = 0, 0
+        faults: list[Fault] = []
         for source, line in _lines(path):
             try:
                 self.read(_parse(line, source), source)

@@ -9,7 +9,9 @@ presence and frequency penalty, then temperature, top-k, top-p, min-p.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -115,20 +117,22 @@ def _given(value, default):
     return default if value is None else value
 
 
-def _number(low: float, high: float):
-    def valid(value) -> bool:
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    def valid(value: Any) -> bool:
         if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
             return False
-        return low <= value <= high
+        return bool(low <= value <= high)
 
     return valid
 
 
-def _whole(low: int, high: float = float("inf"), *, optional: bool = False):
-    def valid(value) -> bool:
+def _whole(low: int, high: float = float("inf"), *, optional: bool = False) -> Callable[[Any], bool]:
+    def valid(value: Any) -> bool:
         if value is None:
             return optional
-        return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and low <= value <= high
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            return False
+        return bool(low <= value <= high)
 
     return valid
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -16,6 +17,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 
 from finetune.chat.folder import QWEN2_PATTERN
 from finetune.chat.tokenizer import Tokenizer
+from finetune.model.config import read_config
 
 VOCABULARY = 1024
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -30,7 +32,7 @@ CHATML = (
 PLAIN_TEXT = "{% for message in messages %}{{ message['content'] + '<|endoftext|>' }}{% endfor %}"
 """For pretraining: the text and its end."""
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
     "vocab_size": VOCABULARY,
@@ -93,27 +95,14 @@ def save_tokenizer(backend: tokenizers.Tokenizer, folder: Path, template: str) -
 
 
 def random_weights(seed: int) -> dict[str, np.ndarray]:
-    """Qwen2 weights in Hugging Face names and layout: normal matrices, zero biases, norms of one."""
+    """Weights in Hugging Face names and layout: normal matrices, zero biases, norms of one."""
     draw = np.random.default_rng(seed)
-    hidden, inner = CONFIG["hidden_size"], CONFIG["intermediate_size"]
-    values = hidden // CONFIG["num_attention_heads"] * CONFIG["num_key_value_heads"]
-
-    def matrix(rows: int, columns: int) -> np.ndarray:
-        return (draw.standard_normal((rows, columns)) * CONFIG["initializer_range"]).astype(np.float32)
-
-    weights = {"model.embed_tokens.weight": matrix(VOCABULARY, hidden)}
-    weights["model.norm.weight"] = np.ones(hidden, np.float32)
-    for layer in range(CONFIG["num_hidden_layers"]):
-        name = f"model.layers.{layer}"
-        for part, width in (("q", hidden), ("k", values), ("v", values)):
-            weights[f"{name}.self_attn.{part}_proj.weight"] = matrix(width, hidden)
-            weights[f"{name}.self_attn.{part}_proj.bias"] = np.zeros(width, np.float32)
-        weights[f"{name}.self_attn.o_proj.weight"] = matrix(hidden, hidden)
-        weights[f"{name}.mlp.gate_proj.weight"] = matrix(inner, hidden)
-        weights[f"{name}.mlp.up_proj.weight"] = matrix(inner, hidden)
-        weights[f"{name}.mlp.down_proj.weight"] = matrix(hidden, inner)
-        weights[f"{name}.input_layernorm.weight"] = np.ones(hidden, np.float32)
-        weights[f"{name}.post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
+    weights = {}
+    for name, shape in read_config(CONFIG, Path("config.json")).shapes.items():
+        if len(shape) == 2:
+            weights[name] = (draw.standard_normal(shape) * CONFIG["initializer_range"]).astype(np.float32)
+        else:
+            weights[name] = np.full(shape, 0 if name.endswith(".bias") else 1, np.float32)
     return weights
 
 

@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -52,7 +53,8 @@ class Stages:
     def stage(self, name: str, title: str) -> Iterator[dict]:
         """Time a block; the dictionary it gets is the stage's entry in summary.json."""
         self.console.print(f"\n[bold]{title}[/bold]")
-        started, result = time.monotonic(), {}
+        started = time.monotonic()
+        result: dict[str, Any] = {}
         yield result
         result["seconds"] = round(time.monotonic() - started, 1)
         self.results[name] = result
@@ -191,7 +193,7 @@ def report(stages: Stages, what: str, before: float, after: float) -> None:
     stages.console.print(f"  {what}: {before:.1%} before, [bold]{after:.1%} after[/bold]", highlight=False)
 
 
-def sample_rows(questions: Sequence[Question], columns: dict[str, Sequence[str]]) -> list[dict[str, str]]:
+def sample_rows(questions: Sequence[Question], columns: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """A few questions of different tasks with every model's answer."""
     picked = [next(i for i, question in enumerate(questions) if question.task == task) for task in tasks.TASKS]
     return [

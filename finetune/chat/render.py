@@ -2,7 +2,8 @@
 
 The whole conversation is rendered once and tokenized once, so the ids are those of transformers'
 `apply_chat_template(tokenize=True)`. Which characters are a response is found by rendering prefixes of the
-conversation; a token is supervised when its characters overlap a response.
+conversation (`View`); a token is supervised when its characters overlap a response. Plain text, which no template
+renders, is tokenized as transformers' `tokenizer(text)` does it.
 """
 
 from __future__ import annotations
@@ -11,24 +12,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import tokenizers
 
 from finetune.chat.example import IGNORE, Example, PairExample, shared_prompt_length
-from finetune.chat.messages import OWN_KEYS, Conversation, Preference
+from finetune.chat.messages import OWN_KEYS, Conversation, PlainText, Preference
 from finetune.chat.template import ChatTemplate, TemplateFault
 from finetune.chat.tokenizer import Tokenizer
+from finetune.chat.view import Message, Span, View, check_characters
 from finetune.errors import CheckpointError, DataError
-
-Span = tuple[int, int]
-_MARKS = [chr(code) for code in range(0xF8C0, 0xF8D0)]  # private use: no meaning, neither space nor letter
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of a conversation and which characters are trained on: sorted, disjoint [start, end)."""
+    """The text of a row and which characters are trained on.
+
+    Attributes:
+        text: All of it.
+        spans: Supervised characters [start, end), sorted and disjoint.
+        source: "file:row".
+        surplus: What the template's generation prompt has beyond what stands before an answer here, see `View`.
+        prompt: Of plain text, what stands before the completion; None for a text without prompt and for conversations.
+        plain: Whether it is plain text, around which the tokenizer puts its own tokens (BOS).
+    """
 
     text: str
     spans: list[Span]
     source: str
+    surplus: str = ""
+    prompt: str | None = None
+    plain: bool = False
 
 
 # -- text ------------------------------------------------------------------------------------------------------
@@ -41,174 +53,68 @@ def render_conversation(tokenizer: Tokenizer, conversation: Conversation, train_
     header before and the newline after it.
 
     Args:
-        train_on: "responses" (every assistant message), "last_response", or "all" (every character of the text).
-            A message's own `train` flag wins over it.
+        train_on: "responses" (every assistant message behind what is given), "last_response", or "all" (every
+            character of the text). A message's own `train` flag wins over it.
 
     Raises:
-        DataError: the template refuses the messages, or does not render prefixes of them as prefixes.
+        DataError: the template refuses the messages, leaves out what they say, or does not render prefixes of them as
+            prefixes.
     """
     messages, tools = _shown(tokenizer, conversation), conversation.tools
-    view = _View(tokenizer, messages, tools, conversation.source)
+    view = View(tokenizer, messages, tools, conversation.source)
     flags = [message.get("train") for message in conversation.messages]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "all":
         kept_out = [view.message(i) for i, flag in enumerate(flags) if flag is False]
-        return Rendered(view.text, _without((0, len(view.text)), kept_out), conversation.source)
-    wanted = answers if train_on == "responses" else answers[-1:]
-    chosen = [i for i in answers if flags[i] or (flags[i] is None and i in wanted)]
-    return Rendered(view.text, view.responses(chosen), conversation.source)
+        spans = _without((0, len(view.text)), kept_out)
+    else:
+        wanted = [i for i in answers if i >= conversation.given]
+        wanted = wanted if train_on == "responses" else wanted[-1:]
+        spans = view.responses([i for i in answers if flags[i] or (flags[i] is None and i in wanted)])
+    return Rendered(view.text, spans, conversation.source, view.surplus)
 
 
-class _View:
-    """One conversation as its template shows it: the text, and where each message stands in it."""
+def render_plain(tokenizer: Tokenizer, row: PlainText, train_on: str = "responses") -> Rendered:
+    """Put the end of text behind a text; supervised is the completion with it, or (train_on: all) everything.
 
-    def __init__(self, tokenizer: Tokenizer, messages: list[dict], tools: list | None, source: str):
-        self.tokenizer, self.messages, self.tools, self.source = tokenizer, messages, tools, source
-        self.text = self._render(messages)
-        try:
-            self.text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"the text holds half of a character pair (\\u{ord(self.text[error.start]):04x} alone)",
-                where=source,
-                fix="Write the character itself, or both halves of its \\u escape.",
-            ) from error
-
-    def responses(self, indices: list[int]) -> list[Span]:
-        """Characters of these assistant messages, in order."""
-        found = self._by_marks(indices) if len(indices) > 1 else None
-        return found or [self.response(index) for index in indices]
-
-    def _by_marks(self, indices: list[int]) -> list[Span] | None:
-        """The same in one further rendering, where prefixes would take time that grows with the square of the turns.
-
-        The first response is found by prefixes. Contents are then rendered between two marks; this counts only if the
-        text without marks is the text itself, and every content stands between the same header and end-of-turn token
-        as the first. Otherwise (tool calls, empty or trimmed contents) None.
-        """
-        first = self.response(indices[0])
-        header = self.text[self.header_start(indices[0]) : first[0]] if indices[0] else ""
-        end_token = next((t for t in self.tokenizer.special_texts if self.text.endswith(t, *first)), None)
-        contents = [self.messages[i].get("content") for i in indices if not self.messages[i].get("tool_calls")]
-        if not header or end_token is None or len(contents) < len(indices) or None in contents:
-            return None
-        marks = [mark for mark in _MARKS if mark not in self.text][:2]
-        if len(marks) < 2:
-            return None
-        messages = list(self.messages)
-        for index in indices:
-            messages[index] = {**messages[index], "content": f"{marks[0]}{messages[index]['content']}{marks[1]}"}
-        try:
-            marked = self.tokenizer.render(messages, self.tools)
-        except TemplateFault:
-            return None
-        spans = [
-            (start, end + len(end_token))
-            for start, end in _between(marked, *marks)
-            if self.text.endswith(header, 0, start) and self.text.startswith(end_token, end)
-        ]
-        same_text = marked.translate(dict.fromkeys(map(ord, marks))) == self.text
-        return spans if same_text and len(spans) == len(indices) and spans[0] == first else None
-
-    def response(self, index: int) -> Span:
-        """Characters of an assistant message: after its header, through its end-of-turn token."""
-        start = self.header_end(index)
-        end = self._end(index)
-        segment = self.text[start:end].rstrip()
-        for token in self.tokenizer.special_texts:
-            if segment.endswith(token):
-                return start, start + len(segment)
-        return start, end
-
-    def message(self, index: int) -> Span:
-        """Characters of any message with its header; those of an assistant message without header, as `response`."""
-        if self.messages[index]["role"] == "assistant":
-            return self.response(index)
-        return (self._end(index - 1) if index else 0), self._end(index)
-
-    def header_end(self, index: int) -> int:
-        """Where the content of assistant message `index` begins: the length of what a generation prompt would be."""
-        if index == 0:
-            return self._first_header_end()
-        prompt = self._render(self.messages[:index], header=True)
-        self._check_prefix(prompt, f"messages before number {index + 1}")
-        self._check_header(index, len(prompt))
-        return len(prompt)
-
-    def header_start(self, index: int) -> int:
-        return self._end(index - 1)
-
-    def _first_header_end(self) -> int:
-        # Templates do not render an empty prompt faithfully (a default system message would be missing), so the
-        # header is learnt from this message and found in the text.
-        header = self._render(self.messages[:1], header=True)[len(self._render(self.messages[:1])) :]
-        at = self.text.find(header)
-        if not header or at < 0:
-            raise self._fault("the conversation starts with an assistant message, whose beginning cannot be found")
-        return at + len(header)
-
-    def _end(self, index: int) -> int:
-        if index == len(self.messages) - 1:
-            return len(self.text)
-        head = self._render(self.messages[: index + 1])
-        self._check_prefix(head, f"first {index + 1} messages")
-        return len(head)
-
-    def _render(self, messages: list[dict], header: bool = False) -> str:
-        try:
-            return self.tokenizer.render(messages, self.tools, add_generation_prompt=header)
-        except TemplateFault as error:
-            raise self._fault(f"the model's chat template refused the messages: {error}") from error
-
-    def _check_prefix(self, text: str, what: str) -> None:
-        if not self.text.startswith(text):
-            raise self._fault(
-                f"the chat template writes the {what} differently once others follow, "
-                "so the response cannot be told from the prompt",
-                "Use train_on: last_response or train_on: all, or a template that only ever appends.",
-            )
-
-    def _check_header(self, index: int, start: int) -> None:
-        opens_special = self.text.startswith(tuple(self.tokenizer.special_texts), start)
-        # The content may open with a special token too; only a prompt without any header is at fault.
-        if opens_special and start == self._end(index - 1):
-            raise CheckpointError(
-                "the chat template ignores add_generation_prompt, so the assistant's header would be trained on",
-                where="chat template",
-                fix="Add {% if add_generation_prompt %}...{% endif %} at its end, as the -Instruct models have it.",
-            )
-
-    def _fault(self, what: str, fix: str | None = None) -> DataError:
-        return DataError(what, where=self.source, fix=fix)
+    Raises:
+        DataError: the text holds half of a character pair. CheckpointError: the tokenizer names no end of text.
+    """
+    end = tokenizer.eos_token
+    if end is None:
+        raise CheckpointError(
+            "the tokenizer names no eos_token, which ends a text",
+            where="tokenizer_config.json",
+            fix="Name it there, as the original model does.",
+        )
+    prompt = None if train_on == "all" else row.prompt
+    text = (row.prompt or "") + row.completion + ("" if row.completion.endswith(end) else end)
+    check_characters(text, row.source)
+    return Rendered(text, [(len(prompt or ""), len(text))], row.source, prompt=prompt, plain=True)
 
 
-def _between(marked: str, before: str, after: str) -> list[Span]:
-    """What stands between the marks, as places in the text without them; nothing where marks do not come in pairs."""
-    head, *parts = marked.split(before)
-    spans, at = [], len(head)
-    for part in parts:
-        if part.count(after) != 1:
-            return []
-        spans.append((at, at + part.index(after)))
-        at += len(part) - 1
-    return spans
-
-
-def _shown(tokenizer: Tokenizer, conversation: Conversation) -> list[dict]:
-    """The messages as the template gets them: our own keys removed, tool calls in the form the template knows."""
+def _shown(tokenizer: Tokenizer, conversation: Conversation) -> list[Message]:
+    """The messages as the template gets them: our own keys removed, roles and tool calls as the template knows them."""
     template = tokenizer.template_for(conversation.tools)
     return [
         {key: value for key, value in fitted.items() if key not in OWN_KEYS}
-        for fitted in (_fit_tool_calls(message, template, conversation.source) for message in conversation.messages)
+        for fitted in (_fitted(message, template, conversation.source) for message in conversation.messages)
     ]
 
 
-def _fit_tool_calls(message: dict, template: ChatTemplate, source: str) -> dict:
+def _fitted(message: Message, template: ChatTemplate, source: str) -> Message:
+    if message["role"] == "developer" and not template.mentions("developer"):
+        # OpenAI's newer word for the same; a template that has never heard of it would write it as a role of its own.
+        message = {**message, "role": "system"}
+    return _fit_tool_calls(message, template, source)
+
+
+def _fit_tool_calls(message: Message, template: ChatTemplate, source: str) -> Message:
     if "tool_calls" not in message or template.knows_tool_calls:
         return message
     if "raw" in message:
         # A sharegpt row says how the call is written; that text is what such a model has to learn.
-        return {"role": message["role"], "content": message["raw"], "train": message.get("train")}
+        return {**{key: value for key, value in message.items() if key != "tool_calls"}, "content": message["raw"]}
     raise DataError(
         "the row has tool_calls, which the model's chat template does not render",
         where=source,
@@ -231,18 +137,35 @@ def _without(whole: Span, holes: list[Span]) -> list[Span]:
 def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> list[Example]:
     """Tokenize texts, on all cores, and mark the supervised tokens."""
     encodings = tokenizer.encode_batch([item.text for item in rendered])
-    examples = []
-    for item, encoding in zip(rendered, encodings, strict=True):
-        ids = np.array(encoding.ids, dtype=np.int32)
-        labels = np.full_like(ids, IGNORE)
-        for span in item.spans:
-            first, after = _token_range(encoding, span, len(item.text))
-            labels[first:after] = ids[first:after]
-        examples.append(Example(ids, labels, item.source))
-    return examples
+    encode = {False: _encode_spans, True: lambda item, encoding: _encode_plain(tokenizer, item, encoding)}
+    return [encode[item.plain](item, encoding) for item, encoding in zip(rendered, encodings, strict=True)]
 
 
-def _token_range(encoding, span: Span, length: int) -> tuple[int, int]:
+def _encode_spans(item: Rendered, encoding: tokenizers.Encoding) -> Example:
+    ids = np.array(encoding.ids, dtype=np.int32)
+    labels = np.full_like(ids, IGNORE)
+    for span in item.spans:
+        first, after = _token_range(encoding, span, len(item.text))
+        labels[first:after] = ids[first:after]
+    return Example(ids, labels, item.source)
+
+
+def _encode_plain(tokenizer: Tokenizer, item: Rendered, encoding: tokenizers.Encoding) -> Example:
+    """Supervised is what follows the tokens that the prompt alone has too, as TRL has it: a token that would join the
+    prompt's end and the completion's beginning is one the model has to learn."""
+    before, after = tokenizer.around
+    ids = np.array([*before, *encoding.ids, *after], dtype=np.int32)
+    if item.prompt is None:
+        return Example(ids, ids.copy(), item.source)
+    prompt = np.array([*before, *tokenizer.encode(item.prompt, add_special_tokens=False)], dtype=np.int32)
+    size = min(len(prompt), len(ids))
+    differing = np.flatnonzero(prompt[:size] != ids[:size])
+    labels = ids.copy()
+    labels[: int(differing[0]) if len(differing) else size] = IGNORE
+    return Example(ids, labels, item.source)
+
+
+def _token_range(encoding: tokenizers.Encoding, span: Span, length: int) -> tuple[int, int]:
     """The tokens [first, after) whose characters overlap the span.
 
     `char_to_token` searches in Rust; turning all offsets into Python objects would cost more than tokenizing.
@@ -282,14 +205,14 @@ def render_preference(tokenizer: Tokenizer, preference: Preference) -> RenderedP
     sides, header = [], (0, 0)
     for answer in (preference.chosen, preference.rejected):
         whole = Conversation(prompt.messages + answer, prompt.tools, preference.source)
-        view = _View(tokenizer, _shown(tokenizer, whole), prompt.tools, preference.source)
+        view = View(tokenizer, _shown(tokenizer, whole), prompt.tools, preference.source)
         header = view.header_start(first), view.header_end(first)
         wanted = [
             i
             for i in range(first, len(whole.messages))
             if whole.messages[i]["role"] == "assistant" and whole.messages[i].get("train") is not False
         ]
-        sides.append(Rendered(view.text, view.responses(wanted), preference.source))
+        sides.append(Rendered(view.text, view.responses(wanted), preference.source, view.surplus))
     return RenderedPair(sides[0], sides[1], header)
 
 
@@ -304,7 +227,7 @@ def encode_pairs(tokenizer: Tokenizer, pairs: Sequence[RenderedPair]) -> list[Pa
 
 def _pair(tokenizer: Tokenizer, pair: RenderedPair, chosen: Example, rejected: Example) -> PairExample:
     shared = shared_prompt_length(chosen, rejected)
-    header = len(tokenizer.encode(pair.chosen.text[slice(*pair.header)]))
+    header = len(tokenizer.encode(pair.chosen.text[slice(*pair.header)], add_special_tokens=False))
     return PairExample(chosen.input_ids[:shared], chosen, rejected, min(header, shared), chosen.source)
 
 
@@ -316,8 +239,9 @@ def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     """
     messages = _shown(tokenizer, conversation)
     try:
-        return tokenizer.encode(tokenizer.render(messages, conversation.tools, add_generation_prompt=True))
+        text = tokenizer.render(messages, conversation.tools, add_generation_prompt=True)
     except TemplateFault as error:
         raise DataError(
             f"the model's chat template refused the messages: {error}", where=conversation.source
         ) from error
+    return tokenizer.encode(text, add_special_tokens=False)

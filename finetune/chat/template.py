@@ -269,7 +269,11 @@ class ChatTemplate:
         self.knows_tools = "tools" in jinja2.meta.find_undeclared_variables(tree)
         self.knows_tool_calls = "tool_calls" in source
 
-    def render(self, messages: list[dict], *, add_generation_prompt: bool = False, **variables: Any) -> str:
+    def mentions(self, word: str) -> bool:
+        """Whether a word, of a role or a key, stands in the template at all."""
+        return re.search(rf"\b{re.escape(word)}\b", self.source) is not None
+
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = False, **variables: Any) -> str:
         """Render messages to text.
 
         Keys whose value is None are left out, as transformers does: APIs write `content: null`, templates want no key.

@@ -42,6 +42,7 @@ class Tokenizer:
         backend: The `tokenizers.Tokenizer`. Never pads, truncates or adds tokens.
         special_tokens: Role to text, e.g. {"eos_token": "<|im_end|>"}; only roles that have a token.
         templates: Chat templates by name; "default" is the one used, "tool_use" (if there) when tools are given.
+        around: Token ids that stand before and behind a plain text, ([BOS], []) say; mostly none.
         padding_side: "left", so that prompts of different length end at the same place for generation.
     """
 
@@ -65,8 +66,10 @@ class Tokenizer:
         }
         self._config = dict(config or {})
         self._where = where
-        # Offsets must count every character of the text, and no token may be added around it.
+        # What the folder's post-processor puts around plain text, BOS say, is kept beside the backend: offsets must
+        # count every character of the text, and a rendered chat has all its tokens already.
         self._post_processor = backend.post_processor
+        self.around = _tokens_around(backend)
         self.backend.post_processor = processors.ByteLevel(trim_offsets=False)
         for role, text in self.special_tokens.items():
             if backend.token_to_id(text) is None:
@@ -90,7 +93,7 @@ class Tokenizer:
     def content(self) -> dict[str, Any]:
         """All that text's tokens depend on, as JSON values: for another process, see `of_content`, and for keys."""
         return {
-            "backend": self.backend.to_str(),
+            "backend": self._full_text(),
             "special_tokens": self.special_tokens,
             "templates": {name: template.source for name, template in self.templates.items()},
             "where": self._where,
@@ -106,7 +109,7 @@ class Tokenizer:
         """Write the tokenizer so that transformers 4 and 5, PaddleNLP and `from_folder` open it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer_json = self._full_json()
+        tokenizer_json = json.loads(self._full_text())
         write_json(folder / "tokenizer.json", tokenizer_json, sort_keys=False)
         model = tokenizer_json["model"]
         if model.get("type") == "BPE":
@@ -120,10 +123,11 @@ class Tokenizer:
         if "default" in self.templates:
             (folder / "chat_template.jinja").write_text(self.templates["default"].source, encoding="utf-8", newline="")
 
-    def _full_json(self) -> dict[str, Any]:
+    def _full_text(self) -> str:
+        """tokenizer.json, with the folder's own post-processor."""
         reading, self.backend.post_processor = self.backend.post_processor, self._post_processor
         try:
-            return json.loads(self.backend.to_str())
+            return self.backend.to_str()
         finally:
             self.backend.post_processor = reading
 
@@ -202,12 +206,20 @@ class Tokenizer:
 
     # -- text to ids and back ----------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Nothing is added around it."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            add_special_tokens: Put around it what the tokenizer puts around plain text. False for a rendered chat.
+        """
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        before, after = self.around
+        return [*before, *ids, *after] if add_special_tokens else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Encodings of texts, with the characters of each token, on as many cores as `tokenizers` may use.
+
+        Nothing is added around them.
 
         Most texts are in NFC as they are. Finding that out takes little, and without the normalizer they are done in
         three quarters of the time. Not for several threads at once.
@@ -240,12 +252,14 @@ class Tokenizer:
         return_tensors: str | None = None,
         padding: bool = False,
         padding_side: str | None = None,
+        add_special_tokens: bool = True,
     ) -> Encoded:
         """Encode one text or several.
 
         Args:
             return_tensors: None for lists; else int64 tensors [B, L] of a kind in `tensors`: "np" for NumPy's, and
                 "pd" for Paddle's where `finetune.AutoTokenizer` opened the tokenizer.
+            add_special_tokens: See `encode`.
             padding: Pad to the longest; needed for tensors of texts that differ in length.
             padding_side: "left" (default, for generation) or "right".
 
@@ -253,7 +267,9 @@ class Tokenizer:
             `input_ids` and `attention_mask`; flat lists for one text without `return_tensors`.
         """
         single = isinstance(text, str)
-        rows = [e.ids for e in self.backend.encode_batch([text] if single else list(text), add_special_tokens=False)]
+        before, after = self.around if add_special_tokens else ([], [])
+        encodings = self.backend.encode_batch([text] if single else list(text), add_special_tokens=False)
+        rows = [[*before, *encoding.ids, *after] for encoding in encodings]
         return self._encoded(rows, single, return_tensors, padding, padding_side)
 
     def _encoded(
@@ -342,7 +358,8 @@ class Tokenizer:
             raise DataError(f"the chat template refused the messages: {error}") from error
         if not tokenize:
             return texts if several else texts[0]
-        encoded = self(texts if several else texts[0], return_tensors=return_tensors, padding=padding)
+        given = texts if several else texts[0]
+        encoded = self(given, return_tensors=return_tensors, padding=padding, add_special_tokens=False)
         return encoded if return_dict else encoded.input_ids
 
 
@@ -380,6 +397,15 @@ class StreamDecoder:
     def _new_text(self) -> str:
         before = self._tokenizer.decode(self._shown, self._skip)
         return self._tokenizer.decode(self._shown + self._waiting, self._skip)[len(before) :]
+
+
+def _tokens_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """What a backend's post-processor puts before and behind a text."""
+    encoding = backend.encode("a")
+    given = [i for i, added in enumerate(encoding.special_tokens_mask) if not added]
+    if not given:
+        return encoding.ids, []
+    return encoding.ids[: given[0]], encoding.ids[given[-1] + 1 :]
 
 
 def _padded(row: list[int], length: int, value: int, left: bool) -> list[int]:

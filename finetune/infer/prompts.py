@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.chat.messages import OWN_KEYS, Conversation, Preference
+from finetune.chat.messages import OWN_KEYS, Conversation, PlainText, Preference
 from finetune.chat.render import prompt_ids
 from finetune.chat.tokenizer import Tokenizer
 from finetune.console import format_count, warn
@@ -134,6 +134,14 @@ class PromptReader:
         )
 
 
+# Keys of a question that may come without its answer, and where the answer would stand.
+_ANSWERS = {"instruction": "output", "query": "response"}
+
+
+def _asks(row: dict[str, Any], key: str) -> bool:
+    return key in row and not {"chosen", "rejected", "rejected_response", "messages", "conversations"} & row.keys()
+
+
 def to_conversation(row: dict[str, Any], source: str) -> Conversation:
     """What stands before the answer in a row of any form.
 
@@ -142,9 +150,12 @@ def to_conversation(row: dict[str, Any], source: str) -> Conversation:
     """
     if "prompt" in row:
         row = _prompt_as_messages(row, source)
-    elif "instruction" in row and "chosen" not in row:
-        row = {**row, "output": row.get("output") or ""}
+    else:
+        row = {**row, **{answer: row.get(answer) or "" for key, answer in _ANSWERS.items() if _asks(row, key)}}
     parsed = parse_row(row, "auto", source)
+    if isinstance(parsed, PlainText):
+        fix = 'Write {"prompt": "..."}, with --raw to have it gone on from as it is.'
+        raise DataError("a text that nobody asks for an answer to", where=source, fix=fix)
     conversation = parsed.prompt if isinstance(parsed, Preference) else parsed
     messages = list(conversation.messages)
     while messages and messages[-1]["role"] == "assistant":

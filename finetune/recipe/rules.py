@@ -10,7 +10,7 @@ from finetune.errors import ArgumentError, did_you_mean
 from finetune.methods import METHODS
 from finetune.model.family import ADAPTABLE
 from finetune.recipe.schema import DpoSection, Recipe
-from finetune.rows.formats import FORMATS
+from finetune.rows.formats import FORMS
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _method_rules(recipe: Recipe) -> Iterator[Clash]:
             f"data.train_on is {recipe.data.train_on}, but method {recipe.method} scores the {method.train_on[0]}",
             f"Leave data.train_on out or write {' or '.join(method.train_on)}.",
         )
-    right = ("auto", *(name for name, kind in FORMATS.items() if kind == method.rows))
+    right = ("auto", *(form.name for form in FORMS.values() if form.kind == method.rows))
     for name in ("train", "eval"):
         for index, source in enumerate(getattr(recipe.data, name)):
             if source.format not in right:

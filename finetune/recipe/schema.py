@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from finetune.compute.losses import LOSSES, LossOptions
 from finetune.methods import METHODS
 from finetune.model.adapters import LORA_PLUS_RATIO, Variant
-from finetune.rows.formats import FORMATS
+from finetune.rows.formats import FORMS
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # a type checker takes no names that are computed
     RowForm = str
 else:
     MethodName = Literal[tuple(METHODS)]
-    RowForm = Literal[tuple(["auto", *FORMATS])]
+    RowForm = Literal[tuple(["auto", *FORMS])]
 Scheduler = Literal[
     "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_min_lr"
 ]

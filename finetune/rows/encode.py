@@ -11,13 +11,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from finetune.chat.example import IGNORE, Example, PairExample, shared_prompt_length
-from finetune.chat.messages import Conversation, Preference
-from finetune.chat.render import encode_pairs, encode_rendered, render_conversation, render_preference
+from finetune.chat.messages import KNOWN_KEYS, Conversation, PlainText, Preference
+from finetune.chat.render import (
+    Rendered,
+    RenderedPair,
+    encode_pairs,
+    encode_rendered,
+    render_conversation,
+    render_plain,
+    render_preference,
+)
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, Fault
 from finetune.methods import CONVERSATION, METHODS, PREFERENCE, RowKind, methods_on
 from finetune.rows.block import Block
-from finetune.rows.formats import detect_format, parse_row
+from finetune.rows.formats import Parsed, detect_format, parse_row
 from finetune.rows.sources import rows_of
 from finetune.rows.table import Part
 
@@ -193,15 +201,18 @@ class _Run:
 
     # -- checks ------------------------------------------------------------------------------------------------
 
-    def _rendered(self, row: dict | Fault, number: int):
+    def _rendered(self, row: dict[str, Any] | Fault, number: int) -> Rendered | RenderedPair:
         if isinstance(row, Fault):
             raise DataError.of([row])
         name = self._name(number)
         self.result.form = form = self._form(row, name)
-        parsed = self._checked(parse_row(row, form, name))
-        return self._render_pair(parsed, number) if self.pair else self._render(parsed, number)
+        parsed = parse_row(row, form, name)
+        self._check_kind(parsed)
+        if isinstance(parsed, PlainText):
+            return render_plain(self.tokenizer, parsed, self.settings.train_on)
+        return self._render_pair(parsed, number) if isinstance(parsed, Preference) else self._render(parsed, number)
 
-    def _form(self, row: dict, name: str) -> str:
+    def _form(self, row: dict[str, Any], name: str) -> str:
         """The first row of an `auto` source decides; a row of another form is a fault, not a guess."""
         if self.task.format != "auto":
             return self.task.format
@@ -214,7 +225,7 @@ class _Run:
             )
         return found
 
-    def _checked(self, parsed: Conversation | Preference) -> Conversation | Preference:
+    def _check_kind(self, parsed: Parsed) -> None:
         kind = PREFERENCE if isinstance(parsed, Preference) else CONVERSATION
         if kind != self.settings.kind:
             raise DataError(
@@ -222,26 +233,46 @@ class _Run:
                 where=parsed.source,
                 fix=f"Use method: {' or '.join(methods_on(kind))}, or rows of the right form.",
             )
-        return parsed
 
-    def _render(self, conversation: Conversation, number: int):
-        self._note_tools(conversation, number)
-        return render_conversation(self.tokenizer, conversation, self.settings.train_on)
+    def _render(self, conversation: Conversation, number: int) -> Rendered:
+        self._note_unread(conversation, number)
+        rendered = render_conversation(self.tokenizer, conversation, self.settings.train_on)
+        self._note_surplus(rendered.surplus, number)
+        return rendered
 
-    def _render_pair(self, preference: Preference, number: int):
-        self._note_tools(preference.prompt, number)
+    def _render_pair(self, preference: Preference, number: int) -> RenderedPair:
+        prompt, answers = preference.prompt, preference.chosen + preference.rejected
+        self._note_unread(replace(prompt, messages=prompt.messages + answers), number)
         if [_said(m) for m in preference.chosen] == [_said(m) for m in preference.rejected]:
             self._note("with chosen equal to rejected, which teaches nothing: {rows}.", number)
         for side in ("chosen", "rejected"):
             if not any(_said(message).strip() for message in getattr(preference, side)):
                 self._note(f"with an empty {side} answer: {{rows}}.", number)
-        return render_preference(self.tokenizer, preference)
+        rendered = render_preference(self.tokenizer, preference)
+        self._note_surplus(rendered.chosen.surplus or rendered.rejected.surplus, number)
+        return rendered
 
-    def _note_tools(self, conversation: Conversation, number: int) -> None:
-        if conversation.tools and not self.tokenizer.template_for(conversation.tools).knows_tools:
+    def _note_unread(self, conversation: Conversation, number: int) -> None:
+        """Tell of what the template has no place for, and what is not text of the conversation."""
+        template = self.tokenizer.template_for(conversation.tools)
+        if conversation.tools and not template.knows_tools:
             self._note(
                 "with tools that the model's chat template does not show: {rows}. "
                 "Use a model whose template knows tools, such as Qwen2.5-Instruct.",
+                number,
+            )
+        unknown = {key for message in conversation.messages for key in message if key not in KNOWN_KEYS}
+        for key in sorted(unknown):
+            if not template.mentions(key):
+                shown = key.replace("{", "{{").replace("}", "}}")
+                self._note(f"with a key {shown!r} in turns, which nothing reads: {{rows}}.", number)
+
+    def _note_surplus(self, surplus: str, number: int) -> None:
+        if surplus:
+            shown = repr(surplus).replace("{", "{{").replace("}", "}}")
+            self._note(
+                f"without the {shown} in which the chat template ends a generation prompt: {{rows}}. They are trained "
+                "on as they are, from where the two part; generation goes on from the whole prompt.",
                 number,
             )
 

@@ -1,344 +1,228 @@
-"""Data rows of every known form to `Conversation` and `Preference`, checked key by key."""
+"""The forms of rows, an entry each: which keys tell a form, what it is called where, and how it is read.
+
+`FORMS` is the one place that knows them: the recipe's choices, its rules, what messages say and the table of the
+documentation derive from it. Imports nothing heavy, since every recipe is checked against it.
+"""
 
 from __future__ import annotations
 
-import json
-from typing import Any, NoReturn
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from finetune.chat.messages import ROLES, Conversation, Preference
-from finetune.errors import DataError, did_you_mean
-from finetune.methods import CONVERSATION, PREFERENCE
+from finetune.chat.messages import Conversation, PlainText, Preference
+from finetune.errors import DataError, nearest
+from finetune.methods import CONVERSATION, PREFERENCE, RowKind
+from finetune.rows.turns import Message, Row, is_turn, keys_of, kind_of, turn
 
-FORMATS = {"messages": CONVERSATION, "alpaca": CONVERSATION, "sharegpt": CONVERSATION, "preference": PREFERENCE}
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
-_FORMS = (
-    "messages: {messages}; alpaca: {instruction, output}; sharegpt: {conversations}; "
-    "preference: {prompt, chosen, rejected}"
-)
+Parsed = Conversation | PlainText | Preference
 
 
-def detect_format(row: dict, source: str = "") -> str:
+@dataclass(frozen=True)
+class Form:
+    """One form of rows.
+
+    Attributes:
+        name: What `format:` calls it.
+        kind: What a row of it is.
+        told_by: Sets of keys; a row that has all of one set is of this form.
+        also: Other keys that it reads.
+        read: Checks a row and brings it into the one form.
+        row: A row, sketched as JSON, for the documentation.
+        says: What the sketch does not say.
+    """
+
+    name: str
+    kind: RowKind
+    told_by: tuple[tuple[str, ...], ...]
+    also: tuple[str, ...]
+    read: Callable[[Row], Parsed]
+    row: str
+    says: str = ""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that it reads, each once."""
+        return tuple(dict.fromkeys([*(key for keys in self.told_by for key in keys), *self.also]))
+
+
+def detect_format(row: Mapping[str, Any], source: str = "", columns: Mapping[str, str] | None = None) -> str:
     """Name the form of a row by its keys.
 
+    Args:
+        columns: The keys that the source's `columns` gave the row: the form must read them all.
+
     Raises:
-        DataError: no form has these keys.
+        DataError: no form has these keys; names the nearest one and what would mend it.
     """
-    if "chosen" in row and "rejected" in row:
-        return "preference"
-    for key, name in (("messages", "messages"), ("conversations", "sharegpt"), ("instruction", "alpaca")):
-        if key in row:
-            return name
-    found = ", ".join(map(str, row)) or "none"
-    raise DataError(f"the row has no known form; its keys are: {found[:200]}", where=source, fix=f"Known are {_FORMS}.")
+    for form in FORMS.values():
+        if any(row.keys() >= set(keys) for keys in form.told_by) and set(columns or ()) <= set(form.keys):
+            return form.name
+    raise DataError(
+        f"the row has no known form; its keys are: {', '.join(map(str, row))[:200] or 'none'}",
+        where=source,
+        fix=_suggestion(row) or f"Known are {'; '.join(_short(form) for form in FORMS.values())}.",
+    )
 
 
-def parse_row(row: dict, format: str, source: str) -> Conversation | Preference:
+def parse_row(row: dict[str, Any], format: str, source: str) -> Parsed:
     """Check a row and bring it into the one form.
 
     Args:
         row: One object of a data file.
-        format: One of FORMATS, or "auto" to go by the row's keys.
+        format: One of FORMS, or "auto" to go by the row's keys.
         source: "file:row", named in errors.
 
     Raises:
         DataError: a key is missing or of the wrong type, a role is unknown; the message names the key.
     """
-    if format == "auto":
-        format = detect_format(row, source)
-    return _PARSERS[format](_Row(row, source))
+    return FORMS[detect_format(row, source) if format == "auto" else format].read(Row(row, source))
 
 
-class _Row:
-    """A row and its place, so that every fault names both."""
-
-    def __init__(self, row: dict, source: str):
-        self.row = row
-        self.source = source
-
-    def fail(self, key: str, what: str, fix: str) -> NoReturn:
-        raise DataError(what, where=f"{self.source}, key {key}", fix=fix)
-
-    def has(self, key: str) -> bool:
-        return self.row.get(key) is not None
-
-    def text(self, key: str, default: str | None = None) -> str:
-        """The text under a key; `default` where it is absent or null."""
-        value = self.row.get(key)
-        if value is None and default is not None:
-            return default
-        if key not in self.row:
-            self.fail(key, f"the key is missing; the row has {_keys(self.row)}", "Give it a text.")
-        if not isinstance(value, str):
-            self.fail(key, f"found {_kind(value)}", "It must be a text.")
-        return value
-
-    def items(self, key: str) -> list:
-        if key not in self.row:
-            self.fail(key, f"the key is missing; the row has {_keys(self.row)}", "Give it a list of messages.")
-        value = self.row[key]
-        if not isinstance(value, list):
-            self.fail(key, f"found {_kind(value)}", "It must be a list of messages.")
-        if not value:
-            self.fail(key, "the list is empty", "Give at least one message.")
-        return value
-
-    def tools(self, wrap: bool = False) -> list[dict] | None:
-        """The row's tools, a list or its JSON text; None where there are none.
-
-        Args:
-            wrap: Bring sharegpt's bare {"name", "parameters"} into OpenAI's form, which templates show to the model.
-        """
-        value = self.row.get("tools")
-        if isinstance(value, str):
-            value = _parse_json(self, "tools", value) if value.strip() else None
-        if value is None or value == []:
-            return None
-        if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-            self.fail("tools", f"found {_kind(value)}", "It must be a list of tool definitions (objects).")
-        if wrap:
-            value = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
-        return value
+# -- conversations ---------------------------------------------------------------------------------------------
 
 
-# -- messages (OpenAI) -----------------------------------------------------------------------------------------
+def _messages(row: Row) -> Conversation:
+    return Conversation(row.turns("messages"), row.tools(), row.source)
 
 
-def _parse_messages(row: _Row) -> Conversation:
-    return Conversation(_openai_messages(row, "messages"), row.tools(), row.source)
+def _sharegpt(row: Row) -> Conversation:
+    return Conversation(row.turns("conversations"), row.tools(wrap=True), row.source)
 
 
-def _openai_messages(row: _Row, key: str) -> list[dict]:
-    return [_openai_message(row, message, f"{key}[{i}]") for i, message in enumerate(row.items(key))]
+def _alpaca(row: Row) -> Conversation:
+    prompt = _instruction(row)
+    return Conversation([*prompt, _said(row.text("output"))], row.tools(wrap=True), row.source)
 
 
-def _openai_message(row: _Row, message: Any, key: str) -> dict:
-    if not isinstance(message, dict):
-        row.fail(key, f"found {_kind(message)}", 'A message is an object with "role" and "content".')
-    if "role" not in message:
-        fix = (
-            'Rows with "from" and "value" are sharegpt: put them under "conversations".'
-            if "from" in message
-            else ('A message has "role" and "content".')
-        )
-        row.fail(f"{key}.role", f"the key is missing; the message has {_keys(message)}", fix)
-    role = _known_role(row, message["role"], ROLES, f"{key}.role")
-    # Null and absent are one: APIs write null, Arrow files cannot do otherwise.
-    clean = {name: value for name, value in message.items() if value is not None}
-    if "tool_calls" in clean:
-        clean["tool_calls"] = _tool_calls(row, clean["tool_calls"], role, f"{key}.tool_calls")
-        if not clean["tool_calls"]:
-            del clean["tool_calls"]
-    if "function_call" in clean:
-        row.fail(f"{key}.function_call", "this old form of a call is not rendered by templates", "Use tool_calls.")
-    if "content" in clean:
-        clean["content"] = _content(row, clean["content"], f"{key}.content")
-    elif "tool_calls" not in clean:
-        row.fail(f"{key}.content", f"the key is missing; the message has {_keys(message)}", "Give it a text.")
-    return _with_train_flag(row, clean, key)
-
-
-def _content(row: _Row, content: Any, key: str) -> str:
-    """Text, or OpenAI's list of text parts, which is joined."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, dict) and "type" in part for part in content):
-        for i, part in enumerate(content):
-            if part["type"] != "text" or not isinstance(part.get("text"), str):
-                row.fail(f"{key}[{i}]", f"a part of type {part['type']!r}", "Only parts of text can be trained on.")
-        return "".join(part["text"] for part in content)
-    row.fail(key, f"found {_kind(content)}", "It must be a text.")
-
-
-def _with_train_flag(row: _Row, message: dict, key: str) -> dict:
-    """Check `train`. OpenAI's own `weight` (0 or 1 on assistant messages) says the same and is read as such."""
-    if "weight" in message:
-        weight = message.pop("weight")
-        if weight not in (0, 1):
-            row.fail(f"{key}.weight", f"found {weight!r}", "It must be 0 or 1.")
-        if weight == 0:
-            message.setdefault("train", False)
-    flag = message.get("train")
-    if flag is not None and not isinstance(flag, bool):
-        row.fail(f"{key}.train", f"found {_kind(flag)}", "It must be true or false.")
-    if flag and message["role"] != "assistant":
-        row.fail(
-            f"{key}.train",
-            f"true on a message of role {message['role']}",
-            "Only assistant messages can be responses; use train_on: all to train on every token.",
-        )
-    return message
-
-
-def _tool_calls(row: _Row, calls: Any, role: str, key: str) -> list[dict]:
-    if role != "assistant":
-        row.fail(key, f"found on a message of role {role}", "Only assistant messages call tools.")
-    if not isinstance(calls, list):
-        row.fail(key, f"found {_kind(calls)}", "It must be a list of calls.")
-    return [_tool_call(row, call, f"{key}[{i}]") for i, call in enumerate(calls)]
-
-
-def _tool_call(row: _Row, call: Any, key: str) -> dict:
-    if isinstance(call, dict) and isinstance(call.get("function"), dict):
-        return {**call, "function": _function(row, call["function"], f"{key}.function")}
-    return _function(row, call, key)
-
-
-def _function(row: _Row, function: Any, key: str) -> dict:
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        row.fail(key, f"found {_kind(function)}", 'A call is {"name": "...", "arguments": {...}}.')
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        # OpenAI's API writes the arguments as JSON text; templates would write that text as a JSON string.
-        arguments = _parse_json(row, f"{key}.arguments", arguments) if arguments.strip() else {}
-    if not isinstance(arguments, dict):
-        row.fail(f"{key}.arguments", f"found {_kind(arguments)}", "It must be an object, or the JSON text of one.")
-    return {**function, "arguments": arguments}
-
-
-# -- alpaca ----------------------------------------------------------------------------------------------------
-
-
-def _parse_alpaca(row: _Row) -> Conversation:
-    messages = _alpaca_prompt(row)
-    messages.append({"role": "assistant", "content": row.text("output")})
-    return Conversation(messages, row.tools(wrap=True), row.source)
-
-
-def _alpaca_prompt(row: _Row) -> list[dict]:
+def _instruction(row: Row) -> list[Message]:
     """System, history and the instruction, with the input on a new line below it."""
-    messages = _system(row)
-    history = row.row.get("history")
-    if history is not None and not isinstance(history, list):
-        row.fail("history", f"found {_kind(history)}", "It must be a list of [prompt, response] pairs.")
-    for i, turn in enumerate(history or []):
-        if not (isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            row.fail(f"history[{i}]", f"found {_kind(turn)}", "It must be a pair of texts: [prompt, response].")
-        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     parts = [row.text("instruction"), row.text("input", default="")]
-    return messages + [{"role": "user", "content": "\n".join(part for part in parts if part)}]
+    return [*row.system(), *row.history(), {"role": "user", "content": "\n".join(part for part in parts if part)}]
 
 
-def _system(row: _Row) -> list[dict]:
-    text = row.text("system", default="")
-    return [{"role": "system", "content": text}] if text else []
+def _query_response(row: Row) -> Conversation:
+    prompt = _query(row)
+    return Conversation([*prompt, _said(row.text("response"))], row.tools(wrap=True), row.source)
 
 
-# -- sharegpt --------------------------------------------------------------------------------------------------
+def _said(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
-def _parse_sharegpt(row: _Row) -> Conversation:
-    return Conversation(_sharegpt_messages(row), row.tools(wrap=True), row.source)
+def _query(row: Row) -> list[Message]:
+    return [*row.system(), *row.history(), {"role": "user", "content": row.text("query")}]
 
 
-def _sharegpt_messages(row: _Row) -> list[dict]:
-    said = [_sharegpt_message(row, turn, f"conversations[{i}]") for i, turn in enumerate(row.items("conversations"))]
-    system = _system(row)
-    if system and said[0]["role"] == "system":
-        row.fail("system", "the conversation begins with a system message too", "Keep one of the two.")
-    return system + said
+def _prompt_completion(row: Row) -> Conversation | PlainText:
+    if all(isinstance(row.row.get(key), str) for key in ("prompt", "completion")):
+        for key in ("system", "history", "tools"):
+            if row.row.get(key):
+                what = "texts are trained on as they are, without the chat template, which has a place for this"
+                row.fail(key, what, "Write messages instead of texts, or remove it.")
+        return PlainText(row.text("prompt"), row.text("completion"), row.source)
+    prompt, completion = _prompt(row), _answer(row, "completion")
+    _check_answer(row, prompt, "prompt", completion, "completion")
+    return Conversation(prompt + completion, row.tools(), row.source, given=len(prompt))
 
 
-def _sharegpt_message(row: _Row, turn: Any, key: str) -> dict:
-    if not isinstance(turn, dict):
-        row.fail(key, f"found {_kind(turn)}", 'A turn is an object with "from" and "value".')
-    for name in ("from", "value"):
-        if name not in turn:
-            fix = (
-                'Rows with "role" and "content" go under "messages".'
-                if "role" in turn
-                else ('A turn has "from" and "value".')
-            )
-            row.fail(f"{key}.{name}", f"the key is missing; the turn has {_keys(turn)}", fix)
-    role = _known_role(row, turn["from"], tuple(_SHAREGPT_ROLES), f"{key}.from")
-    value = turn["value"]
-    if not isinstance(value, str):
-        row.fail(f"{key}.value", f"found {_kind(value)}", "It must be a text.")
-    message: dict = {"role": _SHAREGPT_ROLES[role], "content": value}
-    if role == "function_call":
-        calls = _parse_json(row, f"{key}.value", value)
-        calls = calls if isinstance(calls, list) else [calls]
-        functions = [_function(row, call, f"{key}.value") for call in calls]
-        message = {
-            "role": "assistant",
-            "tool_calls": [{"type": "function", "function": function} for function in functions],
-            "raw": value,
-        }
-    if turn.get("train") is not None:
-        message["train"] = turn["train"]
-    return _with_train_flag(row, message, key)
+def _text(row: Row) -> PlainText:
+    return PlainText(None, row.text("text"), row.source)
 
 
-# -- preference ------------------------------------------------------------------------------------------------
+# -- preferences -----------------------------------------------------------------------------------------------
 
 
-def _parse_preference(row: _Row) -> Preference:
+def _preference(row: Row) -> Preference:
     """Read any of the forms in which pairs are published.
 
-    {"conversations", "chosen": {"from", "value"}, "rejected"}; {"prompt", "chosen", "rejected"} of text or messages;
-    {"instruction", "input"?, "chosen", "rejected"}; and messages in `chosen` and `rejected` that begin with the prompt,
-    which is then what both share.
+    A prompt under `prompt` (text or messages), `conversations`, `instruction` or `query`, and two answers, each a text,
+    a turn, or turns, which may repeat the prompt. Without a prompt, answers of turns that begin alike, of which the
+    shared beginning is the prompt, be they lists or texts as Anthropic writes them ("\\n\\nHuman: ..."). As ms-swift
+    has it: a whole conversation under `messages`, the worse answer or the worse conversation beside it.
     """
-    for key in ("chosen", "rejected"):
-        if not row.has(key):
-            row.fail(key, f"the key is missing; the row has {_keys(row.row)}", "Give the two answers.")
     tools = row.tools(wrap="conversations" in row.row)
-    chosen, rejected = _answer(row, "chosen"), _answer(row, "rejected")
-    if "conversations" in row.row:
-        prompt, key = _sharegpt_messages(row), "conversations"
-    elif "prompt" in row.row:
-        prompt, key = _prompt(row), "prompt"
+    good, bad = _sides(row)
+    chosen, rejected = _answer(row, good), _answer(row, bad)
+    if (good, bad) == ("messages", "rejected_response"):
+        key, prompt, chosen = good, [*row.system(), *chosen[:-1]], chosen[-1:]
+    elif good != "messages" and (key := next((key for key in _PROMPTS if key in row.row), "")):
+        prompt = _PROMPTS[key](row)
         chosen, rejected = _behind(prompt, chosen), _behind(prompt, rejected)
-    elif "instruction" in row.row:
-        prompt, key = _alpaca_prompt(row), "instruction"
     else:
-        prompt, chosen, rejected = _split_shared(row, chosen, rejected)
-        key = "chosen"
-    if prompt[-1]["role"] not in ("user", "tool"):
-        row.fail(
-            key,
-            f"the prompt ends with a message of role {prompt[-1]['role']}",
-            "It must end with a user or tool message.",
-        )
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer or answer[0]["role"] != "assistant":
-            found = answer[0]["role"] if answer else "nothing"
-            row.fail(name, f"behind the prompt stands {found}", "It must be an assistant message.")
+        key = good
+        prompt, chosen, rejected = _split_shared(row, good, chosen, rejected)
+        prompt = [*row.system(), *prompt]
+    _check_answer(row, prompt, key, chosen, good)
+    _check_answer(row, prompt, key, rejected, bad)
+    for message in prompt:
+        if message.get("train"):
+            row.fail(key, "a turn of the prompt is marked as trained on", "Only the two answers are; remove the mark.")
     return Preference(Conversation(prompt, tools, row.source), chosen, rejected, row.source)
 
 
-def _prompt(row: _Row) -> list[dict]:
-    if isinstance(row.row["prompt"], str):
-        return _system(row) + [{"role": "user", "content": row.row["prompt"]}]
-    messages = _openai_messages(row, "prompt")
-    system = _system(row)
-    if system and messages[0]["role"] == "system":
-        row.fail("system", "the prompt begins with a system message too", "Keep one of the two.")
-    return system + messages
+def _sides(row: Row) -> tuple[str, str]:
+    """The keys of the better and the worse answer."""
+    good, bad = next((pair for pair in _SIDES if all(map(row.has, pair))), _SIDES[0])
+    for key in (good, bad):
+        if not row.has(key):
+            row.fail(key, f"the key is missing; the row has {keys_of(row.row)}", "Give the two answers.")
+    return good, bad
 
 
-def _answer(row: _Row, key: str) -> list[dict]:
-    value = row.row[key]
+_SIDES = (
+    ("chosen", "rejected"),
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
+    ("response", "rejected_response"),
+)
+
+
+def _prompt(row: Row) -> list[Message]:
+    if isinstance(row.row.get("prompt"), list):
+        return row.turns("prompt")
+    return [*row.system(), *row.history(), {"role": "user", "content": row.text("prompt")}]
+
+
+_PROMPTS: dict[str, Callable[[Row], list[Message]]] = {
+    "conversations": lambda row: row.turns("conversations"),
+    "prompt": _prompt,
+    "instruction": _instruction,
+    "query": _query,
+}
+
+
+def _answer(row: Row, key: str) -> list[Message]:
+    value = row.row.get(key)
     if isinstance(value, str):
-        return [{"role": "assistant", "content": value}]
-    if isinstance(value, dict):
-        return [_sharegpt_message(row, value, key) if "from" in value else _openai_message(row, value, key)]
+        return _dialogue(value) or [_said(value)]
+    if is_turn(value):
+        return [turn(row, value, key)]
     if isinstance(value, list):
-        if value and isinstance(value[0], dict) and "from" in value[0]:
-            return [_sharegpt_message(row, turn, f"{key}[{i}]") for i, turn in enumerate(value)]
-        return _openai_messages(row, key)
-    row.fail(key, f"found {_kind(value)}", "It must be a text, a message or a list of messages.")
+        return [turn(row, item, f"{key}[{i}]") for i, item in enumerate(row.items(key))]
+    if key not in row.row:
+        row.fail(key, f"the key is missing; the row has {keys_of(row.row)}", "Give it a text.")
+    row.fail(key, f"found {kind_of(value)}", "It must be a text, a message or a list of messages.")
 
 
-def _behind(prompt: list[dict], answer: list[dict]) -> list[dict]:
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPEAKER = re.compile(r"\n\n(Human|Assistant):")
+
+
+def _dialogue(text: str) -> list[Message]:
+    """The turns of a text that is a whole dialogue, as Anthropic publishes them; none where it is not.
+
+    >>> [message["content"] for message in _dialogue("\\n\\nHuman: Hi\\n\\nAssistant: Hello")]
+    ['Hi', 'Hello']
+    """
+    before, *parts = _SPEAKER.split(text)
+    if before or parts[:1] != ["Human"] or "Assistant" not in parts[::2]:
+        return []
+    return [{"role": _SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])]
+
+
+def _behind(prompt: list[Message], answer: list[Message]) -> list[Message]:
     """Some sets repeat the prompt inside the answers; only what follows it is the answer."""
     for start in (0, 1):  # with and without the system message
         repeated = prompt[start:]
@@ -347,7 +231,9 @@ def _behind(prompt: list[dict], answer: list[dict]) -> list[dict]:
     return answer
 
 
-def _split_shared(row: _Row, chosen: list[dict], rejected: list[dict]) -> tuple[list[dict], list[dict], list[dict]]:
+def _split_shared(
+    row: Row, key: str, chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -355,47 +241,148 @@ def _split_shared(row: _Row, chosen: list[dict], rejected: list[dict]) -> tuple[
         # Equal answers share everything; the last assistant message is then the answer, and the data check names it.
         shared = max((i for i, m in enumerate(chosen[:shared]) if m["role"] == "assistant"), default=0)
     if shared == 0:
+        column = next(
+            (name for name in row.row if _alike("prompt", name) and name not in FORMS["preference"].keys), None
+        )
+        mend = f"add `columns: {{prompt: {column}}}` to the source" if column else 'add "prompt"'
         row.fail(
-            "chosen",
+            key,
             "there is no prompt: chosen and rejected share no first message",
-            'Add "prompt", or begin both with the same messages.',
+            f"{mend[0].upper()}{mend[1:]}, or begin both with the same messages.",
         )
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-_PARSERS = {
-    "messages": _parse_messages,
-    "alpaca": _parse_alpaca,
-    "sharegpt": _parse_sharegpt,
-    "preference": _parse_preference,
+def _check_answer(row: Row, prompt: list[Message], key: str, answer: list[Message], name: str) -> None:
+    last = prompt[-1]["role"] if prompt else "nobody"
+    if last not in ("user", "tool"):
+        what = f"the prompt ends with a message of role {last}"
+        row.fail(key, what, "It must end with a user or tool message.")
+    if not answer or answer[0]["role"] != "assistant":
+        found = answer[0]["role"] if answer else "nothing"
+        row.fail(name, f"behind the prompt stands {found}", "It must be an assistant message.")
+
+
+# -- the table -------------------------------------------------------------------------------------------------
+
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            "preference",
+            PREFERENCE,
+            _SIDES,
+            ("prompt", "conversations", "instruction", "input", "query", "system", "history", "tools"),
+            _preference,
+            '{"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}',
+            "The prompt may also stand under `conversations`, `instruction` and `input`, or `query`, or be what chosen "
+            'and rejected both begin with (lists of messages, or texts with "\\n\\nHuman:" and "\\n\\nAssistant:"). '
+            "ms-swift's `rejected_response` and `rejected_messages` beside `messages` or `response` are read too.",
+        ),
+        Form(
+            "messages",
+            CONVERSATION,
+            (("messages",),),
+            ("tools", "system"),
+            _messages,
+            '{"messages": [{"role": "system|developer|user|assistant|tool", "content": "..."}], "tools"?}',
+            "OpenAI's form.",
+        ),
+        Form(
+            "sharegpt",
+            CONVERSATION,
+            (("conversations",),),
+            ("system", "tools"),
+            _sharegpt,
+            '{"conversations": [{"from": "human|gpt|system|function_call|observation", "value": "..."}], "system"?}',
+            'Turns of `{"role", "content"}` are read too; so are `tools`.',
+        ),
+        Form(
+            "alpaca",
+            CONVERSATION,
+            (("instruction", "output"),),
+            ("input", "system", "history", "tools"),
+            _alpaca,
+            '{"instruction": "...", "input"?, "output": "...", "system"?, "history": [[prompt, response]]?}',
+        ),
+        Form(
+            "query_response",
+            CONVERSATION,
+            (("query", "response"),),
+            ("system", "history", "tools"),
+            _query_response,
+            '{"query": "...", "response": "...", "system"?, "history": [[query, response]]?}',
+            "ms-swift's form.",
+        ),
+        Form(
+            "prompt_completion",
+            CONVERSATION,
+            (("prompt", "completion"),),
+            ("system", "history", "tools"),
+            _prompt_completion,
+            '{"prompt": text or messages, "completion": text or messages}',
+            "TRL's form. Two texts are trained on as they are, without the chat template, and end with the eos token.",
+        ),
+        Form(
+            "text",
+            CONVERSATION,
+            (("text",),),
+            (),
+            _text,
+            '{"text": "..."}',
+            "Every token is trained on, the eos token behind it too; there is no chat template.",
+        ),
+    )
 }
 
 
-# -- words -----------------------------------------------------------------------------------------------------
+def _short(form: Form) -> str:
+    return f"{form.name}: {{{', '.join(form.told_by[0])}}}"
 
 
-def _known_role(row: _Row, role: Any, known: tuple[str, ...], key: str) -> str:
-    if isinstance(role, str) and role in known:
-        return role
-    row.fail(key, f"unknown role {role!r}", did_you_mean(str(role), known, f"Known are {', '.join(known)}."))
+# -- rows of no form -------------------------------------------------------------------------------------------
+
+# Names that others give to what our keys hold.
+_ALIKE = (
+    ("instruction", "query", "prompt", "question", "problem", "input", "user", "human", "ask", "source"),
+    ("output", "response", "completion", "answer", "target", "solution", "reply", "assistant", "gpt", "summary"),
+    ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns"),
+    ("chosen", "better", "accepted", "preferred", "positive", "winner", "good"),
+    ("rejected", "worse", "negative", "loser", "bad", "rejected_response"),
+    ("text", "content", "document", "passage", "body", "raw_content"),
+)
 
 
-def _parse_json(row: _Row, key: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        shown = text if len(text) <= 60 else text[:57] + "..."
-        row.fail(key, f"found {shown!r}, which is not JSON ({error})", "It must be the JSON text of an object.")
+def _alike(key: str, name: Any) -> bool:
+    """Whether a column of this name may hold what a key holds."""
+    word = str(name).lower().strip()
+    return any(key in group and word in group for group in _ALIKE) or nearest(word, [key]) == key
 
 
-def _keys(row: dict) -> str:
-    return ", ".join(map(str, row))[:200] or "no keys"
+def _suggestion(row: Mapping[str, Any]) -> str | None:
+    """The nearest form, and the recipe's line that would give it this row; None where nothing is near."""
+    best: tuple[tuple[int, int], Form, dict[str, str], list[str]] | None = None
+    for form, keys in _all_keys():
+        columns: dict[str, str] = {}
+        for key in keys:
+            free = [str(name) for name in row if name not in (*form.keys, *columns.values())]
+            if key not in row and (name := next((name for name in free if _alike(key, name)), None)):
+                columns[key] = name
+        lacking = [key for key in keys if key not in row and key not in columns]
+        score = (-len(lacking), sum(key in row for key in keys))
+        if len(lacking) < len(keys) and (best is None or score > best[0]):
+            best = score, form, columns, lacking
+    if best is None:
+        return None
+    _, form, columns, lacking = best
+    line = f"columns: {{{', '.join(f'{key}: {name}' for key, name in columns.items())}}}"
+    if not lacking:
+        return f"The nearest form is {_short(form)}; add `{line}` to the source."
+    and_line = f", and `{line}` on the source" if columns else ""
+    return f"The nearest form is {_short(form)}; it needs {' and '.join(lacking)} too{and_line}."
 
 
-def _kind(value: Any) -> str:
-    """How a wrong value is named: its JSON type and, where short, itself."""
-    if value is None:
-        return "null"
-    name = {bool: "a boolean", int: "a number", float: "a number", str: "a text", list: "a list", dict: "an object"}
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{name.get(type(value), type(value).__name__)} ({shown if len(shown) <= 60 else shown[:57] + '...'})"
+def _all_keys() -> Iterator[tuple[Form, tuple[str, ...]]]:
+    for form in FORMS.values():
+        for keys in form.told_by:
+            yield form, keys

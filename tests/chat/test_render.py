@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from finetune.chat.example import IGNORE
 from finetune.chat.messages import Conversation
-from finetune.chat.render import _MARKS, _View, prompt_ids, render_conversation
+from finetune.chat.render import prompt_ids, render_conversation
 from finetune.chat.template import TemplateFault
+from finetune.chat.view import _MARKS, View
 from finetune.errors import CheckpointError, DataError
 from finetune.rows.formats import parse_row
 from tests.chat.cases import PLAIN, TOOLS, WEATHER, said
@@ -187,8 +188,8 @@ def test_supervised_tokens_are_those_that_overlap_a_response(texts, train_on):
     assert (example.labels != IGNORE).tolist() == overlapping(tokenizer, rendered)
 
 
-def view_of(tokenizer, messages) -> _View:
-    return _View(tokenizer, messages, None, "f:1")
+def view_of(tokenizer, messages) -> View:
+    return View(tokenizer, messages, None, "f:1")
 
 
 @given(st.lists(st.text(st.sampled_from("a \n\uf8c0é")), min_size=4, max_size=9))
@@ -251,7 +252,7 @@ def test_template_that_refuses_names_the_row():
 def test_template_that_rewrites_earlier_turns():
     rewriting = byte_tokenizer(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{{ m.content if loop.last else m.content | upper }}<|im_end|>\n{% endfor %}"
+        "{{ m.content }}{{ '' if loop.last else ' (earlier)' }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     with pytest.raises(

@@ -81,7 +81,8 @@ def test_raw_takes_the_text_as_it_is(tokenizer):
     ("row", "words"),
     [
         ([], "not an object"),
-        ({"text": "x"}, "no known form"),
+        ({"id": "x"}, "no known form"),
+        ({"text": "x"}, "nobody asks"),
         ({"prompt": 3}, "key prompt"),
         ({"prompt": []}, "messages"),
         ({"messages": [ANSWER]}, "no message to answer"),

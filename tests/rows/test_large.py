@@ -499,7 +499,9 @@ def test_all_code_that_decides_what_a_token_is_is_in_the_key():
             if not isinstance(node, ast.ImportFrom) or node.module.split(".")[0] != "finetune":
                 continue
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            paths = {package.parent / f"{name.replace('.', '/')}.py" for name in names}
+            # Where a file of a hub lies is model's to know; what is in the file is hashed itself.
+            names = [name.replace(".", "/") for name in names if not name.startswith("finetune.model")]
+            paths = {package.parent / f"{name}.py" for name in names}
             waiting += [path for path in paths if path.is_file() and path not in seen]
     assert package / "chat/render.py" in seen and package / "errors.py" in seen and len(seen) > 12
     assert seen <= set(cache.code_files())

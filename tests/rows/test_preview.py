@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import finetune.model.resolve
+import finetune.rows.preview
 from finetune.rows.preview import preview
 from tests.chat.cases import said
 from tests.chat.conftest import From, Settings
@@ -16,7 +16,7 @@ def recipe(tokenizer, write, tmp_path, monkeypatch):
     """A recipe over a few rows; the model's folder has only a tokenizer."""
     tokenizer.save(tmp_path / "model")
     monkeypatch.setattr(
-        finetune.model.resolve, "resolve_model", lambda name: SimpleNamespace(tokenizer_folder=tmp_path / "model")
+        finetune.rows.preview, "resolve_model", lambda name: SimpleNamespace(tokenizer_folder=tmp_path / "model")
     )
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 

@@ -1,0 +1,224 @@
+"""Weights in 4 and 8 bits: codes and scales as bitsandbytes writes them, and back. NumPy only; no paddle here.
+
+nf4   Blocks of 64 consecutive numbers of the flattened [out, in] matrix share one scale, their largest magnitude; a
+      number is the nearest of 16 levels times that, two codes a byte, the first in the high half (Dettmers et al. 2023,
+      arXiv:2305.14314, section 3). Doubly quantized, the scales are 8-bit codes in blocks of 256 around their mean.
+int8  One scale a row (output), its largest magnitude / 127; a number is an integer from -127 to 127 times that. The
+      weights of LLM.int8 (Dettmers et al. 2022, arXiv:2208.07339, eq. 4); activations are not quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK = 64  # numbers that share a scale
+NESTED_BLOCK = 256  # scales that share one of their own
+_SMALLEST = np.float32(1e-38)  # a block of zeros is divided by this
+_AT_ONCE = 1 << 20  # numbers in flight, so that temporaries stay in cache
+
+# Quantiles of the normal distribution, 7 below zero, zero, 8 above, scaled to [-1, 1] (arXiv:2305.14314, appendix E).
+NF4 = np.array(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of nf4 blocks, doubly quantized or not.
+
+    Attributes:
+        values: float32 [blocks], or uint8 [blocks]: codes of `dynamic_levels()`.
+        nested: float32 [ceil(blocks / 256)], the scale of each 256 codes; None where `values` are the scales.
+        offset: Added to every scale that was a code.
+    """
+
+    values: NDArray[np.float32] | NDArray[np.uint8]
+    nested: NDArray[np.float32] | None = None
+    offset: np.float32 = np.float32(0.0)
+
+    def read(self) -> NDArray[np.float32]:
+        """The scales, float32 [blocks]."""
+        if self.nested is None:
+            return self.values.astype(np.float32, copy=False)
+        levels = dynamic_levels()[self.values]
+        return levels * np.repeat(self.nested, NESTED_BLOCK)[: len(levels)] + self.offset
+
+
+@dataclass(frozen=True)
+class Nf4:
+    """A matrix in nf4.
+
+    Attributes:
+        codes: uint8 [ceil(size / 2)].
+        scales: Of its blocks.
+        shape: [out, in].
+    """
+
+    codes: NDArray[np.uint8]
+    scales: Scales
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        nested = 0 if self.scales.nested is None else self.scales.nested.nbytes + 4
+        return self.codes.nbytes + self.scales.values.nbytes + nested
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The matrix, float32 [out, in]."""
+        size = int(np.prod(self.shape))
+        out = np.empty(2 * len(self.codes), np.float32)
+        np.take(nf4_pairs(), self.codes, axis=0, out=out.reshape(-1, 2))
+        scales = self.scales.read()
+        whole = size // BLOCK * BLOCK
+        blocks = out[:whole].reshape(-1, BLOCK)
+        blocks *= scales[: len(blocks), None]
+        out[whole:] *= scales[-1]
+        return out[:size].reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """A matrix in int8.
+
+    Attributes:
+        codes: int8 [out, in].
+        scales: float32 [out], the largest magnitude of each row.
+    """
+
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[out, in]."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The matrix, float32 [out, in]."""
+        return self.codes * (self.scales * np.float32(1 / 127))[:, None]
+
+
+def quantize_nf4(weight: NDArray[Any], *, double: bool = True) -> Nf4:
+    """Quantize a matrix of any floating dtype, as `bitsandbytes.functional.quantize_4bit` does with blocks of 64.
+
+    Args:
+        weight: [out, in].
+        double: Quantize the scales too.
+    """
+    flat = weight.reshape(-1)
+    codes = np.empty(flat.size + flat.size % 2, np.uint8)
+    codes[flat.size :] = _nearest(NF4)(np.zeros(1, np.float32))
+    scales = quantize_blocks(flat, BLOCK, _nearest(NF4), codes[: flat.size])
+    packed = np.bitwise_or(codes[::2] << np.uint8(4), codes[1::2], dtype=np.uint8)
+    if not double:
+        return Nf4(packed, Scales(scales), weight.shape)
+    offset = np.float32(scales.mean(dtype=np.float64))
+    nested_codes = np.empty(len(scales), np.uint8)
+    nested = quantize_blocks(scales - offset, NESTED_BLOCK, _nearest(dynamic_levels()), nested_codes)
+    return Nf4(packed, Scales(nested_codes, nested, offset), weight.shape)
+
+
+def quantize_int8(weight: NDArray[Any]) -> Int8:
+    """Quantize a matrix of any floating dtype [out, in], row by row, to the nearest, halves to even."""
+    wide = weight.astype(np.float32, copy=False)
+    scales = np.abs(wide).max(axis=1)
+    codes = np.rint(wide * (np.float32(127) / np.where(scales > 0, scales, np.float32(1)))[:, None])
+    return Int8(codes.astype(np.int8), scales)
+
+
+def quantize_blocks(
+    flat: NDArray[Any], block: int, nearest: Callable[[NDArray[np.float32]], NDArray[np.uint8]],
+    codes: NDArray[np.uint8],
+) -> NDArray[np.float32]:  # fmt: skip
+    """Write the code of every number, scaled by its block's largest magnitude, into `codes`; return these magnitudes.
+
+    Args:
+        flat: [n], any floating dtype.
+        block: Numbers of a block; the last one may be shorter.
+        nearest: Codes of numbers from -1 to 1.
+        codes: uint8 [n].
+    """
+    scales = np.empty(-(-flat.size // block), np.float32)
+    step = _AT_ONCE // block * block
+    for start in range(0, flat.size, step):
+        part = flat[start : start + step].astype(np.float32)
+        cut = part.size // block * block
+        for at, piece in ((start, part[:cut]), (start + cut, part[cut:])):  # whole blocks, and what is left at the end
+            if piece.size:
+                rows = piece.reshape(-1, min(block, piece.size))
+                largest = np.abs(rows).max(axis=1)
+                scales[at // block : at // block + len(rows)] = largest
+                rows *= (np.float32(1.0) / np.maximum(largest, _SMALLEST))[:, None]
+        codes[start : start + step] = nearest(np.clip(part, -1.0, 1.0, out=part))
+    return scales
+
+
+@lru_cache(maxsize=4)
+def _cached_bounds(levels: bytes) -> NDArray[np.float32]:
+    values = np.frombuffer(levels, np.float32)
+    return (values[:-1] + values[1:]) / np.float32(2)
+
+
+def _nearest(levels: NDArray[np.float32]) -> Callable[[NDArray[np.float32]], NDArray[np.uint8]]:
+    """A function from numbers to the index of the nearest level; halfway between two, the lower one."""
+    bounds = _cached_bounds(levels.tobytes())
+
+    def few(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """By comparing with each bound: for a dozen of them three times as fast as a search."""
+        codes = np.zeros(values.shape, np.uint8)
+        for bound in bounds:
+            codes += values > bound
+        return codes
+
+    def many(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+        return np.searchsorted(bounds, values, side="left").astype(np.uint8)
+
+    return few if len(levels) <= 16 else many
+
+
+@lru_cache(maxsize=1)
+def nf4_pairs() -> NDArray[np.float32]:
+    """The two levels of every byte of codes, float32 [256, 2]."""
+    return np.stack([np.repeat(NF4, 16), np.tile(NF4, 16)], axis=1)
+
+
+@lru_cache(maxsize=2)
+def dynamic_levels(signed: bool = True) -> NDArray[np.float32]:
+    """The 256 levels of 8-bit numbers whose exponent takes as many bits as it needs, float32, ascending.
+
+    Seven decades below 1; a decade has half as many levels as the next higher one. Unsigned, for what is never
+    negative, a decade has twice as many.
+
+    Source: Dettmers et al. 2021, arXiv:2110.02861, section 2.1 and appendix F.
+    """
+    values = [np.float32(0.0), np.float32(1.0)]
+    for decade in range(7):
+        edges = _evenly(2 ** (decade if signed else decade + 1) + 1)
+        middles = np.float32(10.0 ** (decade - 6)) * ((edges[:-1] + edges[1:]) / np.float32(2.0))
+        values += [*middles, *(-middles if signed else ())]
+    return np.array(sorted(values), np.float32)
+
+
+def _evenly(count: int) -> NDArray[np.float32]:
+    """`count` numbers from 0.1 to 1, rounded as torch.linspace does, whose levels these are to the last bit."""
+    step = float((np.float32(1.0) - np.float32(0.1)) / np.float32(count - 1))
+    at = np.arange(count)
+    upward, downward = float(np.float32(0.1)) + step * at, 1.0 - step * (count - 1 - at)
+    return np.where(at < count // 2, upward, downward).astype(np.float32)  # one rounding, as of a fused multiply-add

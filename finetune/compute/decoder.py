@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -24,10 +25,14 @@ _bring_up()
 
 import paddle
 import paddle.nn.functional as F
+from paddlenlp.peft.lora.lora_layers import LoRALinear
 
+from finetune.compute.frozen import frozen_linear
+from finetune.compute.layers import lora_linear
 from finetune.compute.memory import array_of
 from finetune.compute.packed import PackedLinear, Steps
 from finetune.model.build import body_of, causal_lm, config_of
+from finetune.model.frozen import frozen_of
 
 # The cache grows by this many positions: one copy of the cache per 128 tokens, and no memory for tokens never made.
 _BLOCK = 128
@@ -285,6 +290,8 @@ class _Layer:
 
 def _linear(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
     """A plain projection without what calling a module costs; any other as it is."""
+    if isinstance(module, paddle.nn.Linear) and frozen_of(module.weight) is not None:
+        return partial(lora_linear if isinstance(module, LoRALinear) else frozen_linear, module)
     if type(module) is not paddle.nn.Linear:
         return module
     held = module._parameters  # not the tensors themselves, which a caller may replace

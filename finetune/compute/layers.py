@@ -9,9 +9,10 @@ from functools import partial
 
 import numpy as np
 
-from finetune.compute import cpu, gpu
+from finetune.compute import cpu, frozen, gpu
 from finetune.compute.attention import attention_forward
 from finetune.model.build import body_of
+from finetune.model.frozen import frozen_of
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
@@ -40,6 +41,8 @@ def prepare_layers(lm) -> None:
     for module in lm.sublayers():
         if isinstance(module, LoRALinear):
             module.forward = partial(lora_linear, module)
+        elif isinstance(module, paddle.nn.Linear) and frozen_of(module.weight) is not None:
+            module.forward = partial(frozen.frozen_linear, module)
     body.norm.forward = partial(rms_norm, body.norm)
 
 
@@ -125,15 +128,20 @@ def mlp_forward(mlp, x):
     """down(silu(gate(x)) * up(x)), as PaddleNLP's Qwen2MLP: [1, T, hidden]."""
     gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
     if isinstance(down, LoRALinear) and _is_plain(down) and cpu.fits(gate, up):
-        return _GatedLoraLinear.apply(gate, up, down.weight, down.bias, down.lora_A, down.lora_B, down.scaling)
+        return _GatedLoraLinear.apply(gate, up, down, down.lora_A, down.lora_B)
     return down(swiglu(gate, up))
 
 
 def lora_linear(layer, x):
     """x W + b + scaling * dropout(x) A B, as PaddleNLP's LoRALinear: [1, T, in] -> [1, T, out]."""
-    if not _is_plain(layer):
+    if _is_plain(layer):
+        return _LoraLinear.apply(x, layer, layer.lora_A, layer.lora_B)
+    if frozen_of(layer.weight) is None:
         return type(layer).forward(layer, x)
-    return _LoraLinear.apply(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.scaling)
+    out = frozen.frozen_linear(layer, x)
+    if layer.disable_lora:
+        return out
+    return out + paddle.matmul(paddle.matmul(layer.lora_dropout(x), layer.lora_A), layer.lora_B) * layer.scaling
 
 
 def _is_plain(layer) -> bool:
@@ -142,59 +150,60 @@ def _is_plain(layer) -> bool:
 
 
 class _LoraLinear(PyLayer):
-    """In one node, so that the low-rank product is added inside the matrix product and not in passes of its own."""
+    """In one node, so that the low-rank product is added inside the matrix product and not in passes of its own.
+
+    The layer comes as it is: its weight and bias take no gradient, and the weight may be no tensor but codes.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, scaling):
-        ctx.x_wants, ctx.scaling, ctx.biased = not x.stop_gradient, scaling, bias is not None
-        out, low = _adapted(x, weight, bias, A, B, scaling)
-        ctx.save_for_backward(x, weight, A, B, low)
+    def forward(ctx, x, layer, A, B):
+        ctx.x_wants, ctx.layer = not x.stop_gradient, layer
+        out, low = _adapted(x, layer, A, B)
+        ctx.save_for_backward(x, A, B, low)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, A, B, low = ctx.saved_tensor()
-        d_x, d_A, d_B = _adapted_backward(grad, x, weight, A, B, low, ctx.scaling, ctx.x_wants)
-        return (d_x, None, *[None] * ctx.biased, d_A, d_B)  # the weight and its bias are frozen
+        return _adapted_backward(grad, *ctx.saved_tensor(), ctx.layer, ctx.x_wants)
 
 
 class _GatedLoraLinear(PyLayer):
     """The same of silu(gate) * up, which is the widest tensor of a layer: made again in the backward pass, not kept."""
 
     @staticmethod
-    def forward(ctx, gate, up, weight, bias, A, B, scaling):
-        ctx.wants, ctx.scaling, ctx.biased = wants(gate, up), scaling, bias is not None
-        out, low = _adapted(_gated(gate, up), weight, bias, A, B, scaling)
-        ctx.save_for_backward(gate, up, weight, A, B, low)
+    def forward(ctx, gate, up, layer, A, B):
+        ctx.wants, ctx.layer = wants(gate, up), layer
+        out, low = _adapted(_gated(gate, up), layer, A, B)
+        ctx.save_for_backward(gate, up, A, B, low)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up, weight, A, B, low = ctx.saved_tensor()
-        x = _gated(gate, up)
-        d_x, d_A, d_B = _adapted_backward(grad, x, weight, A, B, low, ctx.scaling, any(ctx.wants))
+        gate, up, A, B, low = ctx.saved_tensor()
+        d_x, d_A, d_B = _adapted_backward(grad, _gated(gate, up), A, B, low, ctx.layer, any(ctx.wants))
         d_gate, d_up = None, None
         if d_x is not None:
             d_gate, d_up = given(ctx.wants, *_gated_backward(gate, up, d_x))
-        return (d_gate, d_up, None, *[None] * ctx.biased, d_A, d_B)
+        return d_gate, d_up, d_A, d_B
 
 
-def _adapted(x, weight, bias, A, B, scaling):
+def _adapted(x, layer, A, B):
     """(x W + b + scaling * x A B, scaling * x A): [..., in] -> [..., out] and [T, rank]."""
     rows = x.reshape([-1, x.shape[-1]])
-    low = paddle.matmul(rows, A).scale_(scaling)
-    return F.linear(rows, weight, bias).addmm_(low, B).reshape([*x.shape[:-1], -1]), low
+    low = paddle.matmul(rows, A).scale_(layer.scaling)
+    out = frozen.linear(layer.weight, rows, layer.bias).addmm_(low, B)
+    return out.reshape([*x.shape[:-1], -1]), low
 
 
-def _adapted_backward(grad, x, weight, A, B, low, scaling, x_wants):
+def _adapted_backward(grad, x, A, B, low, layer, x_wants):
     """Gradients of x (None unless wanted), A and B."""
     rows, x = grad.reshape([-1, grad.shape[-1]]), x.reshape([-1, x.shape[-1]])
-    d_low = paddle.matmul(rows, B, transpose_y=True).scale_(scaling)
+    d_low = paddle.matmul(rows, B, transpose_y=True).scale_(layer.scaling)
     d_A = paddle.matmul(x, d_low, transpose_x=True)
     d_B = paddle.matmul(low, rows, transpose_x=True)
     if not x_wants:  # below the first adapter
         return None, d_A, d_B
-    d_x = paddle.matmul(rows, weight, transpose_y=True).addmm_(d_low, A.t())
+    d_x = frozen.linear_backward(layer.weight, rows).addmm_(d_low, A.t())
     return d_x.reshape([*grad.shape[:-1], -1]), d_A, d_B
 
 

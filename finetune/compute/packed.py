@@ -24,6 +24,7 @@ import paddle
 
 from finetune.model.build import body_of, config_of
 from finetune.model.family import ATTENTION, MLP
+from finetune.model.frozen import is_frozen
 
 # Values of MKL's enumerations (mkl_cblas.h).
 _ROW_MAJOR, _AS_IS, _TURNED, _PACKED, _B_MATRIX = 101, 111, 112, 151, 162
@@ -60,6 +61,7 @@ def pack(model) -> None:
     owners += [(layer.mlp, name) for layer in body.layers for name in MLP]
     weight = body.embed_tokens.weight
     plain = all(type(getattr(owner, name)) is paddle.nn.Linear for owner, name in owners)
+    plain = plain and not is_frozen(model)
     if not (plain and weight.place.is_cpu_place() and weight.dtype == paddle.float32 and _found_mkl()):
         return
     proven: set[tuple[int, int]] = set()

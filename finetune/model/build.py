@@ -26,6 +26,7 @@ from paddlenlp.transformers.qwen2.modeling import Qwen2RotaryEmbedding
 from finetune.model import convert
 from finetune.model.config import paddle_config, read_config
 from finetune.model.family import Architecture
+from finetune.model.frozen import Quantization, freeze
 from finetune.model.tensors import as_numpy, name_of, set_parameter
 from finetune.model.weights import Weight, numpy_dtype
 
@@ -100,14 +101,21 @@ def empty_parameters() -> Iterator[None]:
         set_global_initializer(None)
 
 
-def fill(model: paddle.nn.Layer, weights: dict[str, Weight]) -> None:
+def fill(model: paddle.nn.Layer, weights: dict[str, Weight], quantization: Quantization | None = None) -> None:
     """Stream weights in Hugging Face's layout into the model, one in memory at a time, converted to its dtype.
 
     The one place where a stored weight becomes a parameter.
+
+    Args:
+        quantization: Keep the linear layers of the decoder so; embedding, head, norms and biases stay as they are.
     """
     config, parameters = config_of(model), dict(model.named_parameters())
     for name, weight in weights.items():
-        set_parameter(parameters[config.paddle_name(name)], convert.turned(config, name, weight.read()))
+        parameter = parameters[config.paddle_name(name)]
+        if quantization is not None and name.removesuffix(".weight") in config.linears:
+            freeze(parameter, quantization.quantize(weight.read()))
+        else:
+            set_parameter(parameter, convert.turned(config, name, weight.read()))
 
 
 def model_weights(model: paddle.nn.Layer) -> dict[str, Weight]:

@@ -18,6 +18,7 @@ import paddle
 from finetune.model.adapters import LoraSettings
 from finetune.model.build import build_model, fill
 from finetune.model.family import Architecture
+from finetune.model.frozen import Quantization
 from finetune.model.lora import attach_adapter
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.runtime import resolve_dtype
@@ -43,7 +44,13 @@ class LoadedModel:
     dtype: str
 
 
-def load_model(source: ModelSource | str | Path, *, dtype: str = "auto", training: bool = False) -> LoadedModel:
+def load_model(
+    source: ModelSource | str | Path,
+    *,
+    dtype: str = "auto",
+    training: bool = False,
+    quantization: Quantization | None = None,
+) -> LoadedModel:
     """Load a model, or an adapter attached to (not merged into) its base.
 
     Parameter names are the same for every model loaded (`unique_name.guard`), so that optimizer state keyed by them
@@ -53,6 +60,7 @@ def load_model(source: ModelSource | str | Path, *, dtype: str = "auto", trainin
         source: A MODEL, or what `resolve_model` made of it.
         dtype: Of the weights in memory: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float16.
         training: Leave the model in training mode; dropout is on then.
+        quantization: Keep the linear layers of the decoder so; an adapter beside them stays as it is.
 
     Raises:
         CheckpointError: the folder does not hold what its config says.
@@ -64,7 +72,7 @@ def load_model(source: ModelSource | str | Path, *, dtype: str = "auto", trainin
     with paddle.utils.unique_name.guard():
         weights = base_weights(base)
         model = build_model(base.config, dtype)
-        fill(model, weights)
+        fill(model, weights, quantization)
         if source.kind == "adapter":
             model = attach_adapter(model, source)
     model.train() if training else model.eval()

@@ -1,0 +1,97 @@
+"""Weights that are not trained and kept quantized: a parameter without memory that carries its codes.
+
+The parameter keeps its name, shape and place in PaddleNLP's model, so that adapters wrap its layer as any other; what
+reads its value has to ask for the codes first (finetune/compute/frozen.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetune.model.quantize import Int8, Nf4, quantize_int8, quantize_nf4
+from finetune.model.runtime import paddle as _bring_up
+from finetune.model.tensorfile import Array
+
+_bring_up()
+
+import paddle
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A quantized matrix on the model's device.
+
+    Attributes:
+        shape: [out, in], as Hugging Face stores it: blocks run along its rows.
+        codes: uint8 [ceil(size / 2)] for nf4, int8 [out, in] for int8.
+        scales: float32 [blocks], or uint8 [blocks] if doubly quantized; float32 [out] for int8.
+        nested: float32, the scales of the scales; None where they are not quantized.
+        offset: See `quantize.Scales`.
+    """
+
+    shape: tuple[int, ...]
+    codes: paddle.Tensor
+    scales: paddle.Tensor
+    nested: paddle.Tensor | None = None
+    offset: float = 0.0
+
+    @classmethod
+    def of(cls, matrix: Nf4 | Int8) -> Frozen:
+        """Put a quantized matrix onto the current device."""
+        if isinstance(matrix, Int8):
+            return cls(matrix.shape, paddle.to_tensor(matrix.codes), paddle.to_tensor(matrix.scales))
+        scales = matrix.scales
+        nested = None if scales.nested is None else paddle.to_tensor(scales.nested)
+        values = paddle.to_tensor(scales.values)
+        return cls(matrix.shape, paddle.to_tensor(matrix.codes), values, nested, float(scales.offset))
+
+    @property
+    def is_nf4(self) -> bool:
+        """Otherwise it is int8."""
+        return bool(self.codes.dtype == paddle.uint8)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of the decoder are kept.
+
+    Attributes:
+        kind: nf4 or int8.
+        double: nf4: quantize the scales too.
+    """
+
+    kind: str
+    double: bool = True
+
+    def quantize(self, weight: Array) -> Nf4 | Int8:
+        """A matrix [out, in] of any floating dtype."""
+        return quantize_int8(weight) if self.kind == "int8" else quantize_nf4(weight, double=self.double)
+
+
+def freeze(parameter: paddle.Tensor, matrix: Nf4 | Int8) -> None:
+    """Let a parameter that has no memory yet carry a quantized matrix."""
+    if tuple(parameter.shape) != matrix.shape[::-1]:
+        raise ValueError(f"codes of {matrix.shape} for a weight of {tuple(parameter.shape)}")
+    parameter.stop_gradient = True
+    parameter.frozen = Frozen.of(matrix)
+
+
+def frozen_of(parameter: paddle.Tensor) -> Frozen | None:
+    """What a parameter carries; None where it holds its value itself."""
+    found: Frozen | None = getattr(parameter, "frozen", None)
+    return found
+
+
+def is_frozen(model: paddle.nn.Layer) -> bool:
+    """Whether a model has quantized weights."""
+    return any(frozen_of(parameter) is not None for parameter in model.parameters())
+
+
+def quantized_bytes(inputs: int, outputs: int, quantization: Quantization) -> int:
+    """Bytes that a linear layer's weight takes."""
+    numbers = inputs * outputs
+    if quantization.kind == "int8":
+        return numbers + 4 * outputs
+    blocks = -(-numbers // 64)
+    scales = blocks + 4 * -(-blocks // 256) if quantization.double else 4 * blocks
+    return -(-numbers // 2) + scales

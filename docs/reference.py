@@ -34,17 +34,6 @@ PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted(DOCS.glob("*.md")
 ENGLISH_OF = {page: page.with_name(page.name.replace(".zh.md", ".md")) for page in DOCS.glob("*.zh.md")}
 ENGLISH_OF[ROOT / "README.zh-CN.md"] = ROOT / "README.md"
 
-SECTIONS: dict[str, type[schema.Section]] = {
-    "recipe": schema.Recipe,
-    "model": schema.ModelSection,
-    "lora": schema.LoraSection,
-    "data": schema.DataSection,
-    "source": schema.Source,
-    "training": schema.TrainingSection,
-    "dpo": schema.DpoSection,
-    "distributed": schema.DistributedSection,
-}
-
 ENGLISH = {
     "head": "key | default | values | meaning",
     "required": "required",
@@ -94,7 +83,7 @@ def english() -> dict[str, str]:
     """What keys and rooms mean, from their docstrings."""
     keys = {
         f"{name}.{key}": text
-        for name, section in SECTIONS.items()
+        for name, section in schema.SECTIONS.items()
         for part in section.__mro__  # a section may take keys over from where they are used
         if "finetune" in part.__module__
         for key, text in attributes(part.__doc__ or "")
@@ -117,7 +106,7 @@ def attributes(docstring: str) -> Iterator[tuple[str, str]]:
 def recipe_table(name: str, language: Language) -> str:
     """The keys of a section with their defaults, values and meanings."""
     lines = [f"| {language.words['head']} |", "| --- | --- | --- | --- |"]
-    for key, field in SECTIONS[name].model_fields.items():
+    for key, field in schema.SECTIONS[name].model_fields.items():
         cells = f"`{key}`", default_of(field, language), values_of(field, language), language.meanings[f"{name}.{key}"]
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines)
@@ -250,7 +239,7 @@ def rooms_drawing() -> str:
 # -- the pages -------------------------------------------------------------------------------------------------
 
 _MADE: dict[str, Callable[[Language], str]] = {"losses": losses_table, "needs": needs_table, "rooms": rooms_table} | {
-    f"recipe.{name}": partial(recipe_table, name) for name in SECTIONS
+    f"recipe.{name}": partial(recipe_table, name) for name in schema.SECTIONS
 }
 _BLOCK = re.compile(r"(?<=<!-- begin )([\w.]+)( -->\n).*?(?=<!-- end \1 -->)", re.DOTALL)
 

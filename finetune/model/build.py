@@ -26,7 +26,8 @@ from paddlenlp.transformers.qwen2.modeling import Qwen2RotaryEmbedding
 from finetune.model import convert
 from finetune.model.config import paddle_config, read_config
 from finetune.model.family import Architecture
-from finetune.model.frozen import Quantization, freeze
+from finetune.model.frozen import freeze
+from finetune.model.quantize import Quantization
 from finetune.model.tensors import as_numpy, name_of, set_parameter
 from finetune.model.weights import Weight, numpy_dtype
 

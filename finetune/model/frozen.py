@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.model.quantize import Int8, Nf4, quantize_int8, quantize_nf4
+from finetune.model.quantize import Int8, Nf4
 from finetune.model.runtime import paddle as _bring_up
-from finetune.model.tensorfile import Array
 
 _bring_up()
 
@@ -51,23 +50,6 @@ class Frozen:
         return bool(self.codes.dtype == paddle.uint8)
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How the linear layers of the decoder are kept.
-
-    Attributes:
-        kind: nf4 or int8.
-        double: nf4: quantize the scales too.
-    """
-
-    kind: str
-    double: bool = True
-
-    def quantize(self, weight: Array) -> Nf4 | Int8:
-        """A matrix [out, in] of any floating dtype."""
-        return quantize_int8(weight) if self.kind == "int8" else quantize_nf4(weight, double=self.double)
-
-
 def freeze(parameter: paddle.Tensor, matrix: Nf4 | Int8) -> None:
     """Let a parameter that has no memory yet carry a quantized matrix."""
     if tuple(parameter.shape) != matrix.shape[::-1]:
@@ -85,13 +67,3 @@ def frozen_of(parameter: paddle.Tensor) -> Frozen | None:
 def is_frozen(model: paddle.nn.Layer) -> bool:
     """Whether a model has quantized weights."""
     return any(frozen_of(parameter) is not None for parameter in model.parameters())
-
-
-def quantized_bytes(inputs: int, outputs: int, quantization: Quantization) -> int:
-    """Bytes that a linear layer's weight takes."""
-    numbers = inputs * outputs
-    if quantization.kind == "int8":
-        return numbers + 4 * outputs
-    blocks = -(-numbers // 64)
-    scales = blocks + 4 * -(-blocks // 256) if quantization.double else 4 * blocks
-    return -(-numbers // 2) + scales

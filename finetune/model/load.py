@@ -18,8 +18,8 @@ import paddle
 from finetune.model.adapters import LoraSettings
 from finetune.model.build import build_model, fill
 from finetune.model.family import Architecture
-from finetune.model.frozen import Quantization
 from finetune.model.lora import attach_adapter
+from finetune.model.quantize import Quantization
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.runtime import resolve_dtype
 from finetune.model.weights import base_weights

@@ -222,3 +222,29 @@ def _evenly(count: int) -> NDArray[np.float32]:
     at = np.arange(count)
     upward, downward = float(np.float32(0.1)) + step * at, 1.0 - step * (count - 1 - at)
     return np.where(at < count // 2, upward, downward).astype(np.float32)  # one rounding, as of a fused multiply-add
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of the decoder are kept.
+
+    Attributes:
+        kind: nf4 or int8.
+        double: nf4: quantize the scales too.
+    """
+
+    kind: str
+    double: bool = True
+
+    def quantize(self, weight: NDArray[Any]) -> Nf4 | Int8:
+        """A matrix [out, in] of any floating dtype."""
+        return quantize_int8(weight) if self.kind == "int8" else quantize_nf4(weight, double=self.double)
+
+    def nbytes(self, inputs: int, outputs: int) -> int:
+        """Bytes that a matrix takes."""
+        size = inputs * outputs
+        if self.kind == "int8":
+            return size + 4 * outputs
+        blocks = -(-size // BLOCK)
+        scales = blocks + 4 * -(-blocks // NESTED_BLOCK) + 4 if self.double else 4 * blocks
+        return -(-size // 2) + scales

@@ -12,6 +12,9 @@ _ALIASES = {
     "method": "stage task train_type training_type finetuning_stage",
     "model.path": "model_name model_name_or_path base_model pretrained_model_name_or_path model_id model_path name",
     "model.dtype": "torch_dtype bf16 fp16 precision compute_dtype fp16_opt_level",
+    "model.quantization": "load_in_4bit load_in_8bit quantization_bit quant_method bnb_4bit_quant_type quant_bits"
+    " weight_quantize_algo quantization_config",
+    "model.double_quantization": "bnb_4bit_use_double_quant double_quant use_double_quant qlora_weight_double_quant",
     "lora": "finetuning_type tuner_type peft use_lora adapter use_peft",
     "lora.rank": "r lora_r lora_rank",
     "lora.alpha": "lora_alpha",

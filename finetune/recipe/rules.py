@@ -29,6 +29,7 @@ class Clash:
 def clashes(recipe: Recipe) -> Iterator[Clash]:
     """All rules that `recipe`, whose single values are right, breaks."""
     yield from _method_rules(recipe)
+    yield from _quantization_rules(recipe)
     yield from _lora_rules(recipe)
     yield from _data_rules(recipe)
     yield from _length_rules(recipe)
@@ -64,6 +65,30 @@ def _method_rules(recipe: Recipe) -> Iterator[Clash]:
                     f"data.{name}[{index}].format is {source.format}, but method is {recipe.method}",
                     f"Use one of {', '.join(right)}.",
                 )
+
+
+def _quantization_rules(recipe: Recipe) -> Iterator[Clash]:
+    kind = recipe.model.quantization
+    if kind != "nf4" and not recipe.model.double_quantization:
+        yield Clash(
+            ("model.double_quantization", "model.quantization"),
+            f"model.double_quantization is false, but model.quantization is {kind}, which does not use it",
+            "Remove it or write 'quantization: nf4'.",
+        )
+    if kind == "none":
+        return
+    if recipe.lora is None:
+        yield Clash(
+            ("model.quantization", "lora"),
+            f"model.quantization is {kind}, but without a lora section all weights are trained",
+            "Add a lora section, or remove model.quantization.",
+        )
+    elif recipe.lora.variant == "pissa":
+        yield Clash(
+            ("lora.variant", "model.quantization"),
+            f"lora.variant is pissa, which changes the weights, but model.quantization is {kind}, which keeps codes",
+            "Use another lora.variant, or remove model.quantization.",
+        )
 
 
 def _lora_rules(recipe: Recipe) -> Iterator[Clash]:

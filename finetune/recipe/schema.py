@@ -49,10 +49,15 @@ class ModelSection(Section):
     Attributes:
         path: Hub id, Hugging Face or PaddleNLP folder, adapter folder, checkpoint, or a run's folder.
         dtype: `auto` is bfloat16 on a GPU and float32 on CPU, where the other two do not work and are refused.
+        quantization: Of the frozen weights of the decoder's linear layers, with a `lora` section (QLoRA): `nf4` takes
+            4.13 bits a number (arXiv:2305.14314), `int8` 8 bits, one scale a row.
+        double_quantization: `nf4` only: quantize the scales too, 4.13 bits a number instead of 4.5.
     """
 
     path: Text
     dtype: Dtype = "auto"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    double_quantization: bool = True
 
 
 class LoraSection(Section):
@@ -293,3 +298,16 @@ class Recipe(Section):
         if isinstance(dpo, dict) and isinstance(rows, dict) and rows.get("streaming") is True:
             data = {**data, "dpo": {"precompute_ref_log_probs": False, **dpo}}
         return data
+
+
+# By dotted name; `source` is an entry of data.train or data.eval.
+SECTIONS: dict[str, type[Section]] = {
+    "recipe": Recipe,
+    "model": ModelSection,
+    "lora": LoraSection,
+    "data": DataSection,
+    "source": Source,
+    "training": TrainingSection,
+    "dpo": DpoSection,
+    "distributed": DistributedSection,
+}

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING
 from finetune.compute.limits import CHUNK_ELEMENTS, KEPT_ATTENTION_BYTES
 from finetune.model.adapters import target_names
 from finetune.model.family import Architecture
+from finetune.model.quantize import Quantization
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
+
+
+def quantization_of(recipe: Recipe) -> Quantization | None:
+    """How the recipe keeps the frozen weights; None: as they are."""
+    model = recipe.model
+    return None if model.quantization == "none" else Quantization(model.quantization, model.double_quantization)
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,19 @@ def estimate(
     return Estimate(
         parameters=base,
         trainable=trainable,
-        weights=(base + adapter) * size,
+        weights=_weight_bytes(config, size, quantization_of(recipe)) + adapter * size,
         gradients=trainable * size,
         optimizer=max(-(-trainable // shards), largest) * (8 if size == 4 else 12),
         activations=kept + 4 * min(CHUNK_ELEMENTS, tokens_per_micro_batch * config.vocab_size),
     )
+
+
+def _weight_bytes(config: Architecture, size: int, quantization: Quantization | None) -> int:
+    """Bytes of the base model, `size` bytes a number where it is not quantized."""
+    linears = config.linears.values()
+    if quantization is None:
+        return config.parameters * size
+    kept = sum(quantization.nbytes(linear.inputs, linear.outputs) for linear in linears)
+    # One matrix at a time is made whole.
+    largest = max(linear.inputs * linear.outputs for linear in linears)
+    return kept + (config.parameters - sum(linear.inputs * linear.outputs for linear in linears) + largest) * size

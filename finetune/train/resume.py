@@ -13,6 +13,7 @@ from finetune import console
 from finetune.errors import ArgumentError, Fault, RecipeError
 from finetune.model.identity import model_digest
 from finetune.model.resolve import resolve_model
+from finetune.recipe.schema import SECTIONS, Source
 from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ def _finished_manifest(output: Path) -> dict | None:
 
 
 def _refuse_changes(then: dict[str, Any], now: dict[str, Any], checkpoint: Checkpoint) -> None:
+    then, now = ({key: _without_defaults(value) for key, value in side.items()} for side in (then, now))
+    then |= {key: _default(key) for key in now.keys() - then.keys() if _has_section(then, key)}
     # An older version may have kept a key that is free by now.
     changed = sorted(key for key in (then.keys() | now.keys()) - _FREE if then.get(key) != now.get(key))
     if not changed:
@@ -235,6 +238,30 @@ def _refuse_changes(then: dict[str, Any], now: dict[str, Any], checkpoint: Check
         )
     )
     raise RecipeError.of(faults)
+
+
+def _has_section(values: dict[str, Any], key: str) -> bool:
+    """Whether a section is there, whose key an older version did not know yet: it did as the default says."""
+    section = key.rpartition(".")[0]
+    return section in SECTIONS and any(name.startswith(f"{section}.") for name in values)
+
+
+def _default(key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return SECTIONS[section].model_fields[name].default
+
+
+def _without_defaults(value: Any) -> Any:
+    """Sources of rows without what says nothing: a key that an older version did not know is then no change."""
+    if not isinstance(value, list):
+        return value
+    fields = Source.model_fields
+    return [
+        {k: v for k, v in item.items() if k not in fields or v != fields[k].get_default(call_default_factory=True)}
+        if isinstance(item, dict)
+        else item
+        for item in value
+    ]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

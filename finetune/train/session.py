@@ -23,6 +23,7 @@ from finetune.model.tensors import as_numpy
 from finetune.model.write import read_companions
 from finetune.rows.stream import Position
 from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
+from finetune.train.estimate import quantization_of
 from finetune.train.loop import Interval, RunState, train_loop
 from finetune.train.optimizer import NamedAdamW, trainable_parameters
 from finetune.train.prepare import Prepared
@@ -194,7 +195,7 @@ def _position(start: Start, world: World) -> Position:
 def _build_model(prepared: Prepared, start: Start):
     """The model with what is to be trained switched on, from the base or from a checkpoint."""
     recipe, source = prepared.recipe, prepared.source
-    checkpoint = start.checkpoint
+    checkpoint, quantization = start.checkpoint, quantization_of(recipe)
     if recipe.lora is None:
         loaded = load_model(checkpoint.model if checkpoint else source, dtype=recipe.model.dtype, training=True)
         model = merge_lora(loaded.model) if loaded.lora is not None else loaded.model
@@ -203,11 +204,12 @@ def _build_model(prepared: Prepared, start: Start):
         if source.lora is not None:
             settings = _continued(settings, source.lora)
         if source.lora is not None and checkpoint is None:
-            loaded = load_model(source, dtype=recipe.model.dtype, training=True)
+            loaded = load_model(source, dtype=recipe.model.dtype, training=True, quantization=quantization)
             model = loaded.model
             _apply(model, settings)
         else:
-            loaded = load_model(source.base or source, dtype=recipe.model.dtype, training=True)
+            base = source.base or source
+            loaded = load_model(base, dtype=recipe.model.dtype, training=True, quantization=quantization)
             state = checkpoint.extra() if checkpoint else None
             model = add_lora(loaded.model, settings, seed=recipe.training.seed, state=state)
     if recipe.training.recompute:

@@ -7,10 +7,10 @@ import pytest
 
 from finetune.compute.layout import lay_out_samples
 from finetune.model.adapters import LoraSettings
-from finetune.model.frozen import Frozen, Quantization, frozen_of
+from finetune.model.frozen import Frozen, frozen_of
 from finetune.model.load import load_model
 from finetune.model.lora import adapter_disabled, add_lora
-from finetune.model.quantize import quantize_int8, quantize_nf4
+from finetune.model.quantize import Quantization, quantize_int8, quantize_nf4
 from finetune.model.runtime import paddle as bring_up
 
 KINDS = [Quantization("nf4"), Quantization("nf4", double=False), Quantization("int8")]

@@ -41,6 +41,7 @@ from finetune.model.runtime import paddle as _bring_up
 from finetune.model.tensors import set_parameter
 from finetune.model.weights import open_adapter
 from finetune.rows.plan import EpochPlan
+from finetune.train.estimate import quantization_of
 from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
 from finetune.train.task import evaluation_batches
 
@@ -48,7 +49,7 @@ _bring_up()
 import paddle
 
 if TYPE_CHECKING:
-    from finetune.recipe.schema import DpoSection
+    from finetune.recipe.schema import DpoSection, Recipe
     from finetune.rows.table import PairDataset
     from finetune.train.prepare import RowSet
     from finetune.train.processes.parallel import World
@@ -157,19 +158,20 @@ def _open_live(ready: Ready, section: DpoSection) -> LiveReference:
     if section.reference is not None:
         other = resolve_model(section.reference)
         _check_vocabulary(prepared.tokenizer, other)
-        return LiveReference(_load(other, recipe.model.dtype))
+        return LiveReference(_load(other, recipe))
     if recipe.lora is not None and source.kind == "adapter":
         return LiveReference(model, partial(_adapter_as, model, _initial_adapter(model, source)))
     if recipe.lora is not None:
         return LiveReference(model, partial(adapter_disabled, model))
     if section.precompute_ref_log_probs and not ready.resumed:
         return LiveReference(model)
-    return LiveReference(_load(source, recipe.model.dtype))
+    return LiveReference(_load(source, recipe))
 
 
-def _load(source: ModelSource, dtype: str):
-    loaded = load_model(source, dtype=dtype)
-    return merge_lora(loaded.model) if loaded.lora is not None else loaded.model
+def _load(source: ModelSource, recipe: Recipe):
+    quantization = quantization_of(recipe)
+    loaded = load_model(source, dtype=recipe.model.dtype, quantization=quantization)
+    return loaded.model if loaded.lora is None or quantization is not None else merge_lora(loaded.model)
 
 
 def _check_vocabulary(tokenizer, other: ModelSource) -> None:
@@ -348,6 +350,8 @@ def _identity(ready: Ready, section: DpoSection) -> dict[str, Any]:
     if recipe.lora is not None and recipe.lora.variant == "pissa" and section.reference is None:
         # The base is then residual + starting factors, which is the same weight only up to rounding
         identity["pissa_rank"] = recipe.lora.rank
+    if recipe.model.quantization != "none":
+        identity["quantization"] = [recipe.model.quantization, recipe.model.double_quantization]
     return identity
 
 

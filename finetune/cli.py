@@ -207,6 +207,19 @@ def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(parser=_whole(0, 65535), metavar="PORT", help="0 takes any free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What requests call the model; MODEL's last part if not given.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="A further name that requests may call the server by; again for more."),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="A page's origin, http://HOST:PORT, that may use the server; again for more."
+        ),
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", envvar="FINETUNE_API_KEY", help="Asked of every request; safer as the variable."),
@@ -226,13 +239,22 @@ def serve(
     api_key = api_key and api_key.strip()
     if api_key == "":
         raise ArgumentError("the API key is empty", fix="Give a key, or unset FINETUNE_API_KEY.")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        raise ArgumentError(
+            "the API key has characters that HTTP headers cannot carry", fix="Use letters, digits and signs of ASCII."
+        )
+    if name is not None and not (name.strip() and name.isprintable()):
+        raise ArgumentError("--name is empty or not printable", fix="Give a name such as my-model.")
     from finetune.serve.app import serve as run
 
     run(
         model,
         host=host,
         port=port,
+        name=name,
         api_key=api_key,
+        allowed_hosts=allowed_host or (),
+        allowed_origins=allowed_origin or (),
         max_batch=max_batch,
         max_queue=max_queue,
         max_new_tokens=max_new_tokens,
@@ -454,10 +476,11 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
+        from finetune.console import printable
         from finetune.report.manifest import redact  # an address in a message may hold a password
 
         text = traceback.format_exc().rstrip() if debug else f"error: {_describe(error)}"
-        print(redact(text), file=sys.stderr)
+        print(printable(redact(text)), file=sys.stderr)
         return _exit_code(error)
 
 

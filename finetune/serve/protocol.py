@@ -150,8 +150,8 @@ class RequestReader:
             raise ApiError(400, "Only the response format text is supported.", param="response_format")
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         sampling = self._sampling(body, getattr(body, limit_name), None, logprobs, limit_name, "top_logprobs")
-        text = self._render(body, tools)
-        return self._plan(body, [self._request(self._encode(text, "messages", False), sampling, "messages")], bool(tools))
+        ids = self._encode(self._render(body, tools), "messages", add_special_tokens=False)
+        return self._plan(body, [self._request(ids, sampling, "messages")], bool(tools))
 
     def completion(self, raw: Any) -> Plan:
         """Read the body of /v1/completions.
@@ -167,7 +167,10 @@ class RequestReader:
             body, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, "max_tokens", "logprobs"
         )
         prompts = fields.prompts(body.prompt, most=self._max_rows // sampling.n, context=self._context)
-        ids = [prompt if isinstance(prompt, list) else self._encode(prompt, "prompt", True) for prompt in prompts]
+        ids = [
+            prompt if isinstance(prompt, list) else self._encode(prompt, "prompt", add_special_tokens=True)
+            for prompt in prompts
+        ]
         return self._plan(body, [self._request(prompt, sampling, "prompt") for prompt in ids])
 
     def _plan(self, body: _Body, requests: list[Request], reads_tool_calls: bool = False) -> Plan:
@@ -277,7 +280,7 @@ class RequestReader:
             param = key.group(1) if key else "messages"
             raise ApiError(400, f"{param}: {text}", param=param) from error
 
-    def _encode(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text that may fit the context."""
         self._check_length(text, param)
         return self._opened.tokenizer.encode(text, add_special_tokens)

@@ -362,7 +362,7 @@ def test_a_client_that_leaves_while_it_sends_ends_quietly(opened, capsys, caplog
 def test_others_are_answered_while_a_long_text_is_tokenized(server, client, monkeypatch):
     reading, go_on = threading.Event(), threading.Event()
 
-    def slow(tokenizer, row):
+    def slow(tokenizer, text, add_special_tokens):
         reading.set()
         assert go_on.wait(20)
         return [1, 2]

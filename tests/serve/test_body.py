@@ -119,7 +119,7 @@ def test_an_attack_is_refused_at_once_and_by_name(server, name):
 def test_a_long_text_is_not_tokenized_whole(server, monkeypatch):
     from finetune.chat.tokenizer import Tokenizer
 
-    monkeypatch.setattr(Tokenizer, "encode", lambda *_: pytest.fail("it was tokenized whole"))
+    monkeypatch.setattr(Tokenizer, "encode", lambda *_, **__: pytest.fail("it was tokenized whole"))
     body = {"model": "tiny", "prompt": "a word " * 1000}
     answer = httpx.post(f"{server.url}/v1/completions", json=body)
     assert answer.json()["error"]["code"] == "context_length_exceeded"

@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import venv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
@@ -102,7 +102,7 @@ def install_by_uv(folder: Path, commands: list[list[str]]) -> None:
     except InstallFailed:
         raise UvCannot("the package index does not have it") from None
     for words in commands:
-        uv = ["-m", "uv", "pip", "install", "--python", python_of(folder), "--compile-bytecode"]
+        uv: list[str | Path] = ["-m", "uv", "pip", "install", "--python", python_of(folder), "--compile-bytecode"]
         run(folder, [*uv, *constraints, *words], environment)
 
 
@@ -138,7 +138,7 @@ def as_uv_reads(settings: Mapping[str, str], environment: Mapping[str, str]) -> 
     return told | dict(environment), constraints
 
 
-def run(folder: Path, words: list[str | Path], environment: Mapping[str, str] | None = None) -> None:
+def run(folder: Path, words: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> None:
     """Run Python of `folder` with `words`, into the log; the lines that say how far it is are shown as they come."""
     command = [str(word) for word in (python_of(folder), *words)]
     with open(folder / LOG, "a", encoding="utf-8") as log:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -137,9 +136,7 @@ def _without(whole: Span, holes: list[Span]) -> list[Span]:
 
 def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> list[Example]:
     """Tokenize texts, on all cores, and mark the supervised tokens."""
-    encodings = tokenizer.encode_batch(
-        [item.text for item in rendered], offsets=not all(item.plain for item in rendered)
-    )
+    encodings = tokenizer.encode_batch([item.text for item in rendered])
     encode = {False: _encode_spans, True: lambda item, encoding: _encode_plain(tokenizer, item, encoding)}
     return [encode[item.plain](item, encoding) for item, encoding in zip(rendered, encodings, strict=True)]
 
@@ -234,28 +231,17 @@ def _pair(tokenizer: Tokenizer, pair: RenderedPair, chosen: Example, rejected: E
     return PairExample(chosen.input_ids[:shared], chosen, rejected, min(header, shared), chosen.source)
 
 
-def prompt_text(tokenizer: Tokenizer, conversation: Conversation, **variables: Any) -> str:
-    """The text of a prompt with the generation header, as generation sees it.
-
-    Args:
-        variables: What else the template gets, such as `enable_thinking`.
+def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """Ids of a prompt with the generation header, as generation sees it.
 
     Raises:
         DataError: the template refuses the messages.
     """
     messages = _shown(tokenizer, conversation)
     try:
-        return tokenizer.render(messages, conversation.tools, add_generation_prompt=True, **variables)
+        text = tokenizer.render(messages, conversation.tools, add_generation_prompt=True)
     except TemplateFault as error:
         raise DataError(
             f"the model's chat template refused the messages: {error}", where=conversation.source
         ) from error
-
-
-def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of `prompt_text`.
-
-    Raises:
-        DataError: the template refuses the messages.
-    """
-    return tokenizer.encode(prompt_text(tokenizer, conversation), add_special_tokens=False)
+    return tokenizer.encode(text, add_special_tokens=False)

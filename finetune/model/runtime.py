@@ -19,6 +19,7 @@ from types import ModuleType
 
 from finetune.errors import ArgumentError
 from finetune.model.deferred import defer_paddlenlp
+from finetune.model.openmp import bring_openmp
 
 _NOISE = (
     "No ccache found",
@@ -40,6 +41,7 @@ def paddle() -> ModuleType:
         warnings.filterwarnings("ignore", message=message)
     for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
         warnings.filterwarnings("ignore", category=category)
+    bring_openmp()
     import paddle as module
 
     defer_paddlenlp()

@@ -16,6 +16,14 @@ from typing import Annotated, Any
 import typer
 
 from finetune import __version__
+from finetune.arguments import (
+    check_master,
+    check_name,
+    check_sampling,
+    check_utf8,
+    piped_prompt,
+    read_api_key,
+)
 from finetune.errors import ArgumentError, Fault, FinetuneError, UserError, did_you_mean
 from finetune.export.formats import DTYPES, FORMATS
 
@@ -123,7 +131,7 @@ def train(
     from finetune.recipe.rules import check_world_size
 
     loaded = load_recipe(recipe, overrides or ())
-    _check_master(nnodes, master)
+    check_master(nnodes, master)
     check_world_size(loaded, nproc * nnodes)
     from finetune.train.run import train as run
 
@@ -151,9 +159,9 @@ def generate(
     """Answer one prompt, or every row of a file. The same command again goes on where a file was interrupted."""
     if prompt is not None and input is not None:
         raise ArgumentError("--prompt and --input are both given", fix="Keep one.")
-    _check_sampling(temperature, top_p)
+    check_sampling(temperature, top_p)
     if prompt is None and input is None:
-        prompt = _piped_prompt()
+        prompt = piped_prompt()
     from finetune.infer.generate import generate as run
 
     run(
@@ -187,7 +195,7 @@ def chat(
     ] = None,
 ) -> None:
     """Talk to a model in the terminal."""
-    _check_sampling(temperature, top_p)
+    check_sampling(temperature, top_p)
     from finetune.infer.chat import chat as run
 
     run(
@@ -207,6 +215,19 @@ def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(parser=_whole(0, 65535), metavar="PORT", help="0 takes any free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What requests call the model; MODEL's last part if not given.")
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="A further name that requests may call the server by; again for more."),
+    ] = None,
+    allowed_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="A page's origin, http://HOST:PORT, that may use the server; again for more."
+        ),
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(metavar="KEY", envvar="FINETUNE_API_KEY", help="Asked of every request; safer as the variable."),
@@ -221,18 +242,16 @@ def serve(
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every request.")] = False,
 ) -> None:
     """Answer over HTTP, with OpenAI's interface."""
-    if api_key is None:
-        api_key = os.environ.get("FINETUNE_API_KEY")  # typer takes an empty variable for one that is not set
-    api_key = api_key and api_key.strip()
-    if api_key == "":
-        raise ArgumentError("the API key is empty", fix="Give a key, or unset FINETUNE_API_KEY.")
     from finetune.serve.app import serve as run
 
     run(
         model,
         host=host,
         port=port,
-        api_key=api_key,
+        name=check_name(name),
+        api_key=read_api_key(api_key),
+        allowed_hosts=allowed_host or (),
+        allowed_origins=allowed_origin or (),
         max_batch=max_batch,
         max_queue=max_queue,
         max_new_tokens=max_new_tokens,
@@ -386,52 +405,6 @@ def _answer(model, tokenizer, prompts) -> list[str]:
     return answer(model, tokenizer, prompts)
 
 
-def _check_master(nnodes: int, master: str | None) -> None:
-    if master is None:
-        if nnodes > 1:
-            raise ArgumentError(
-                f"--nnodes {nnodes} needs --master", fix="Name the first machine, for example --master 10.0.0.1:8090"
-            )
-        return
-    host, _, port = master.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise ArgumentError(f"--master is {master!r}", fix="Write HOST:PORT, for example 10.0.0.1:8090")
-    if nnodes == 1:
-        raise ArgumentError("--master is given, but --nnodes is 1", fix="Give both or neither.")
-
-
-def _check_sampling(temperature: float | None, top_p: float | None) -> None:
-    if temperature is not None and not 0 <= temperature < float("inf"):
-        raise ArgumentError(f"--temperature is {temperature:g}", fix="It must be 0, which is greedy, or more.")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ArgumentError(f"--top-p is {top_p:g}", fix="It must be above 0 and at most 1.")
-
-
-def _piped_prompt() -> str:
-    if sys.stdin is None or sys.stdin.isatty():
-        raise ArgumentError("there is no prompt", fix="Give --prompt TEXT or --input FILE.jsonl, or pipe text in.")
-    try:
-        text = sys.stdin.read().rstrip("\n")
-    except UnicodeDecodeError as error:
-        raise ArgumentError("the prompt from the pipe is not UTF-8", fix="Pipe UTF-8 text in.") from error
-    if not text:
-        raise ArgumentError("the prompt from the pipe is empty", fix="Give --prompt TEXT or --input FILE.jsonl.")
-    return text
-
-
-def _check_utf8(arguments: list[str]) -> None:
-    """Bytes of an argument that are not UTF-8 come as halves of surrogate pairs, which no file can be written with."""
-    for argument in arguments:
-        try:
-            argument.encode()
-        except UnicodeEncodeError as error:
-            shown = argument.encode("utf-8", "backslashreplace").decode()
-            raise ArgumentError(
-                f"argument '{shown}' is not UTF-8 from its character {error.start + 1} on",
-                fix="Write it in UTF-8; a file of such a name must be renamed.",
-            ) from error
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run a command line and exit: 0 done, 2 the user's input is wrong, 130 interrupted, 1 anything else."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -444,7 +417,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(arguments: list[str], debug: bool) -> int:
     try:
-        _check_utf8(arguments)
+        check_utf8(arguments)
         code = app(arguments, prog_name="finetune", standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -454,10 +427,11 @@ def _run(arguments: list[str], debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:
+        from finetune.console import printable
         from finetune.report.manifest import redact  # an address in a message may hold a password
 
         text = traceback.format_exc().rstrip() if debug else f"error: {_describe(error)}"
-        print(redact(text), file=sys.stderr)
+        print(printable(redact(text)), file=sys.stderr)
         return _exit_code(error)
 
 

@@ -7,6 +7,7 @@ is one live block, a line for each open bar; elsewhere (a pipe, a log file, CI) 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -40,22 +41,34 @@ _SHORT_NAMES = {"learning_rate": "lr", "tokens_per_second": "tok/s", "eval_loss"
 
 _warned: set[str] = set()
 
+# Control characters but tab and newline, line separators, and what turns the direction of text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 def mute() -> None:
     """Write nothing more: for the ranks other than the first of a distributed run."""
     console.quiet = True
 
 
+def printable(text: str) -> str:
+    """The text with control characters written out (`\\x1b`), which could otherwise move the cursor or forge lines.
+
+    >>> printable("a\\x1b[2Jb")
+    'a\\\\x1b[2Jb'
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: str, style: str | None = None) -> None:
-    """Print one message. `text` is printed as it is: square brackets are no markup."""
-    console.print(Text(text, style=style or ""), soft_wrap=not _live_terminal())
+    """Print one message. `text` is printed as it is, but for control characters: square brackets are no markup."""
+    console.print(Text(printable(text), style=style or ""), soft_wrap=not _live_terminal())
 
 
 def warn(text: str) -> None:
     """Print a warning, the first time only that this text is given."""
     if text not in _warned:
         _warned.add(text)
-        line = Text.assemble(("warning: ", "bold yellow"), text)
+        line = Text.assemble(("warning: ", "bold yellow"), printable(text))
         console.print(line, soft_wrap=not _live_terminal())
 
 

@@ -209,6 +209,12 @@ def test_preview_shows_three_rows_and_all_as_json(run, behind, tmp_path):
     assert [call[0][1:] for call in calls] == [(3, False), (None, True), (7, True)]
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "tab\tinside", "\x1b[2J"])
+def test_an_api_key_that_no_header_can_carry_is_refused_at_the_start(run, key):
+    code, _, err = run("serve", "m", "--api-key", key)
+    assert code == 2 and "API key has characters" in err and "\x1b" not in err
+
+
 @pytest.mark.parametrize(
     ("variable", "arguments", "key"),
     [

@@ -26,7 +26,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each room may import besides itself. Rooms on one floor never import each other.
 FLOORS = (
     {"errors"},
-    {"files", "console", "methods"},
+    {"files", "console", "methods", "arguments"},
     {"report"},
     {"chat"},
     {"model"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -136,7 +137,9 @@ def _without(whole: Span, holes: list[Span]) -> list[Span]:
 
 def encode_rendered(tokenizer: Tokenizer, rendered: Sequence[Rendered]) -> list[Example]:
     """Tokenize texts, on all cores, and mark the supervised tokens."""
-    encodings = tokenizer.encode_batch([item.text for item in rendered])
+    encodings = tokenizer.encode_batch(
+        [item.text for item in rendered], offsets=not all(item.plain for item in rendered)
+    )
     encode = {False: _encode_spans, True: lambda item, encoding: _encode_plain(tokenizer, item, encoding)}
     return [encode[item.plain](item, encoding) for item, encoding in zip(rendered, encodings, strict=True)]
 
@@ -231,17 +234,28 @@ def _pair(tokenizer: Tokenizer, pair: RenderedPair, chosen: Example, rejected: E
     return PairExample(chosen.input_ids[:shared], chosen, rejected, min(header, shared), chosen.source)
 
 
-def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of a prompt with the generation header, as generation sees it.
+def prompt_text(tokenizer: Tokenizer, conversation: Conversation, **variables: Any) -> str:
+    """The text of a prompt with the generation header, as generation sees it.
+
+    Args:
+        variables: What else the template gets, such as `enable_thinking`.
 
     Raises:
         DataError: the template refuses the messages.
     """
     messages = _shown(tokenizer, conversation)
     try:
-        text = tokenizer.render(messages, conversation.tools, add_generation_prompt=True)
+        return tokenizer.render(messages, conversation.tools, add_generation_prompt=True, **variables)
     except TemplateFault as error:
         raise DataError(
             f"the model's chat template refused the messages: {error}", where=conversation.source
         ) from error
-    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def prompt_ids(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """Ids of `prompt_text`.
+
+    Raises:
+        DataError: the template refuses the messages.
+    """
+    return tokenizer.encode(prompt_text(tokenizer, conversation), add_special_tokens=False)

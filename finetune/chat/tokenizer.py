@@ -22,6 +22,7 @@ from finetune.chat.template import ChatTemplate, TemplateFault
 from finetune.errors import CheckpointError, DataError
 from finetune.files import write_json
 
+_LONG_TOKEN = 8  # characters; texts of longer ones on average, such as long runs of spaces, are rare
 _END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -207,36 +208,56 @@ class Tokenizer:
     # -- text to ids and back ----------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text. Other threads go on meanwhile, however long it is.
 
         Args:
             add_special_tokens: Put around it what the tokenizer puts around plain text. False for a rendered chat.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._encodings([text], offsets=False)[0].ids
         before, after = self.around
         return [*before, *ids, *after] if add_special_tokens else ids
 
-    def encode_batch(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Encodings of texts, with the characters of each token, on as many cores as `tokenizers` may use.
+    def least_tokens(self, text: str, enough: int) -> int:
+        """A number of tokens that the text surely has; 0 where its beginning does not say whether it has `enough`.
+
+        Looks at no more than 8 x `enough` characters. Words (as the pre-tokenizer splits) that end before the last one
+        of a beginning are words of the whole text, with the same tokens, but for an added token that is cut in two.
+        """
+        if len(text) <= _LONG_TOKEN * enough:
+            return 0
+        words = self._encodings([text[: _LONG_TOKEN * enough]], offsets=True)[0].word_ids
+        cut = max((len(token.content) for token in self.backend.get_added_tokens_decoder().values()), default=0)
+        least = sum(word != words[-1] for word in words) - cut
+        return least if least >= enough else 0
+
+    def _encodings(self, texts: Sequence[str], *, offsets: bool) -> list[tokenizers.Encoding]:
+        """The one call that turns text into tokens. Unlike `encode` it lets other threads run."""
+        encode = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
+        return encode(list(texts), add_special_tokens=False)
+
+    def encode_batch(self, texts: Sequence[str], *, offsets: bool = True) -> list[tokenizers.Encoding]:
+        """Encodings of texts, on as many cores as `tokenizers` may use.
 
         Nothing is added around them.
 
         Most texts are in NFC as they are. Finding that out takes little, and without the normalizer they are done in
         three quarters of the time. Not for several threads at once.
+
+        Args:
+            offsets: Whether the characters of each token are wanted; finding them takes a quarter of the time.
         """
         normalizer = self.backend.normalizer
         if not isinstance(normalizer, normalizers.NFC):
-            return self.backend.encode_batch(list(texts), add_special_tokens=False)
+            return self._encodings(texts, offsets=offsets)
         plain = [unicodedata.is_normalized("NFC", text) for text in texts]
         whole = [text for text, is_plain in zip(texts, plain) if is_plain]
         others = [text for text, is_plain in zip(texts, plain) if not is_plain]
         self.backend.normalizer = None
         try:
-            whole = self.backend.encode_batch(whole, add_special_tokens=False)
+            encoded = self._encodings(whole, offsets=offsets)
         finally:
             self.backend.normalizer = normalizer
-        others = self.backend.encode_batch(others, add_special_tokens=False)
-        parts = iter(whole), iter(others)
+        parts = iter(encoded), iter(self._encodings(others, offsets=offsets))
         return [next(parts[not is_plain]) for is_plain in plain]
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
@@ -268,7 +289,7 @@ class Tokenizer:
         """
         single = isinstance(text, str)
         before, after = self.around if add_special_tokens else ([], [])
-        encodings = self.backend.encode_batch([text] if single else list(text), add_special_tokens=False)
+        encodings = self._encodings([text] if single else list(text), offsets=False)
         rows = [[*before, *encoding.ids, *after] for encoding in encodings]
         return self._encoded(rows, single, return_tensors, padding, padding_side)
 

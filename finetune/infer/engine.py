@@ -84,6 +84,7 @@ class Row:
         seed = self.request.sampling.seed
         self._rng = np.random.default_rng(None if seed is None else [seed, self.sample])
         self._counts: dict[int, int] = {}
+        self._bias = _bias(self.request.sampling.logit_bias)
         self._sent = 0
         self._ends: list[int] = []  # length of the text after each token; kept only beside log-probabilities
         self._told = 0
@@ -100,6 +101,7 @@ class Row:
         return (
             sampling.temperature == 0.0
             and not sampling.penalized
+            and not sampling.logit_bias
             and sampling.logprobs is None
             and len(self.tokens) >= sampling.min_new_tokens
         )
@@ -110,6 +112,9 @@ class Row:
         adjusted = scores
         if sampling.penalized:
             adjusted = penalize(scores, sampling, self._prompt_ids, self._counts)
+        if self._bias is not None:
+            adjusted = adjusted.copy()
+            adjusted[self._bias[0]] += self._bias[1]
         if len(self.tokens) < sampling.min_new_tokens:
             adjusted = adjusted.copy()
             adjusted[[token for token in self.stop_ids if token < len(scores)]] = -np.inf
@@ -183,6 +188,14 @@ class Row:
             raise self.error
         logprobs = self.logprobs if self.request.sampling.logprobs is not None else None
         return Output(self.tokens, self.text, self.finish_reason or "length", logprobs, len(self.request.prompt))
+
+
+def _bias(pairs: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Token ids, int64, and what is added to their scores, float32."""
+    if not pairs:
+        return None
+    tokens, values = zip(*pairs)
+    return np.array(tokens, np.int64), np.array(values, np.float32)
 
 
 def overlap(text: str, stop: str) -> int:

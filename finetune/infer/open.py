@@ -58,7 +58,7 @@ def open_model(model: str | ModelSource, dtype: str = "auto", *, pack: bool = Fa
         from finetune.compute.packed import pack as pack_weights
 
         pack_weights(causal)
-    engine = Engine(causal, tokenizer, stop_token_ids={*tokenizer.stop_token_ids, *config["eos_token_id"]})
+    engine = Engine(causal, tokenizer, stop_token_ids=[*tokenizer.stop_token_ids, *config["eos_token_id"]])
     return Opened(engine, tokenizer, config, source)
 
 

@@ -4,7 +4,7 @@ Everything works on one row at a time, in NumPy, with a random generator of its 
 which other rows are decoded beside it.
 
 Order and meaning follow transformers' logits processors: repetition penalty, then (ours, as in OpenAI's interface)
-presence and frequency penalty, then temperature, top-k, top-p, min-p.
+presence and frequency penalty and the bias of single tokens, then temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Sampling:
         n: Samples per prompt.
         stop: Texts that end a row; the text is cut before them.
         stop_token_ids: Tokens that end a row; None means the model's own.
+        logit_bias: (token, what is added to its score), after the penalties.
         logprobs: None for none; K for the chosen token's and the K likeliest tokens' log-probabilities, nats, from
             the model's distribution before penalties and filters.
     """
@@ -61,8 +62,9 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] | None = None
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         faults = [
             Fault(f"{name} is {getattr(self, name)}", where=name, fix=f"Use {fix}.")
             for name, (valid, fix) in _RANGES.items()
@@ -79,13 +81,13 @@ class Sampling:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     @classmethod
-    def from_generation_config(cls, config: dict, **overrides) -> Sampling:
+    def from_generation_config(cls, config: dict[str, Any], **overrides: Any) -> Sampling:
         """Read a `generation_config.json` the way transformers does; `overrides` win.
 
         Without `do_sample` the row is greedy, whatever temperature says; with it, transformers' defaults are
         temperature 1 and top_k 50. The repetition penalty holds in both.
         """
-        values: dict = {"repetition_penalty": _given(config.get("repetition_penalty"), 1.0)}
+        values: dict[str, Any] = {"repetition_penalty": _given(config.get("repetition_penalty"), 1.0)}
         if config.get("do_sample"):
             values["temperature"] = _given(config.get("temperature"), 1.0)
             values["top_k"] = _given(config.get("top_k"), 50)
@@ -94,7 +96,7 @@ class Sampling:
         return cls(**{**values, **overrides})
 
     @classmethod
-    def under_model(cls, config: dict, asked: dict, **others) -> Sampling:
+    def under_model(cls, config: dict[str, Any], asked: dict[str, Any], **others: Any) -> Sampling:
         """The model's own settings under those asked for: `chat` and `serve`.
 
         Asking for a way to draw asks for drawing; temperature 0 is greedy whatever the model says.
@@ -113,7 +115,7 @@ class Sampling:
         return cls.from_generation_config({**config, **asked}, **others)
 
 
-def _given(value, default):
+def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
@@ -137,7 +139,7 @@ def _whole(low: int, high: float = float("inf"), *, optional: bool = False) -> C
     return valid
 
 
-_RANGES = {
+_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (_whole(1), "a whole number of at least 1"),
     "min_new_tokens": (_whole(0), "a whole number of at least 0"),
     "temperature": (_number(0, 1e6), "0 (greedy) or a positive number up to 1000000"),

@@ -2,10 +2,10 @@
 
     finetune serve outputs/my-run
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \
-        -d '{"model": "outputs/my-run", "messages": [{"role": "user", "content": "Hello"}]}'
+        -d '{"model": "my-run", "messages": [{"role": "user", "content": "Hello"}]}'
 
 Settings that a request leaves out are the model's own (generation_config.json; greedy where it says nothing), as in
-`finetune chat`; beyond OpenAI's there are top_k, min_p, repetition_penalty and stop_token_ids.
+`finetune chat`; docs/serving.md lists what there is beyond OpenAI's.
 """
 
 from __future__ import annotations
@@ -13,33 +13,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import shlex
 import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from finetune.console import say, warn
-from finetune.errors import ArgumentError, FinetuneError
+from finetune.errors import FinetuneError
 from finetune.infer.open import Opened, open_model
 from finetune.infer.sampling import DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE
+from finetune.serve.body import Bodies, parse
+from finetune.serve.errors import ApiError, shown
+from finetune.serve.guard import Access, Guard, Observed, is_loopback
 from finetune.serve.metrics import CONTENT_TYPE, Metrics
-from finetune.serve.protocol import ApiError, Plan, RequestReader
+from finetune.serve.network import Server, listen, stopping
+from finetune.serve.protocol import Plan, RequestReader
 from finetune.serve.replies import ChatReply, TextReply, TokenTexts
 from finetune.serve.scheduler import QueueFull, Scheduler, ServerClosed, Ticket
 
-MAX_BODY = 8 * 1024 * 1024
-GRACE_SECONDS = 30
+# Requests that are parsed, rendered and tokenized at once; a long one holds up only its like.
+_READERS = 3
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    name: str | None = None,
     api_key: str | None = None,
+    allowed_hosts: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
     max_batch: int = DEFAULT_MAX_BATCH,
     max_queue: int = DEFAULT_MAX_QUEUE,
     max_new_tokens: int | None = None,
@@ -72,86 +78,68 @@ def serve(
 
     Args:
         port: 0 takes any free one.
+        name: What requests call the model; the last part of `model` where None.
         api_key: Asked of every request to /v1; None asks none.
+        allowed_hosts, allowed_origins: As `Access.of`.
         verbose: A line per request.
 
     Raises:
-        UserError: the model cannot be opened, or the address cannot be used.
+        UserError: the model cannot be opened, the address cannot be used, or a host or an origin is none.
     """
+    access = Access.of(host, hosts=list(allowed_hosts), origins=list(allowed_origins), api_key=api_key)
     listener = listen(host, port)
     with contextlib.closing(listener):
         opened = open_model(model, pack=True)
-        app = build_app(opened, model, Limits(max_batch, max_queue, max_new_tokens), api_key=api_key, verbose=verbose)
+        name = name or default_name(model)
+        limits = Limits(max_batch, max_queue, max_new_tokens)
+        app = build_app(opened, name, limits, access=access, verbose=verbose)
         url = _url(host, listener.getsockname()[1])
-        if api_key is None and not _is_loopback(host):
+        if api_key is None and not is_loopback(host):
             warn(f"anyone who reaches {host} can use this server. Set FINETUNE_API_KEY, or use a loopback host.")
         # uvicorn raises the signal that stopped it once more when it is done; the work is over, so that is of no use.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: None)
-        Server(app, lambda: _greet(url, model, opened, api_key is not None)).run(sockets=[listener])
-        if app.state.scheduler.alive:  # a second Ctrl-C does not wait for requests
-            app.state.scheduler.stop()
+        scheduler: Scheduler = app.state.scheduler
+        greet = _greeting(url, name, opened, api_key is not None)
+        Server(app, greet, lambda: asyncio.to_thread(scheduler.stop)).run(sockets=[listener])
         say("Stopped.", style="dim")
 
 
-class Server(uvicorn.Server):
-    """uvicorn's, quiet but for a word when connections are taken."""
+def default_name(model: str) -> str:
+    """What a model is called that was given as `model`: a name, never a path.
 
-    def __init__(self, app: FastAPI, on_start: Callable[[], None], grace: int = GRACE_SECONDS):
-        super().__init__(
-            uvicorn.Config(app, log_config=None, log_level="warning", access_log=False, timeout_graceful_shutdown=grace)
-        )
-        self._on_start = on_start
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._on_start()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Take the address before the model is loaded, so that one in use is said at once."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise ArgumentError(f"the host is not known: {error}", where=f"--host {host}", fix="Use 127.0.0.1.") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        raise ArgumentError(
-            f"the address cannot be used: {getattr(error, 'strerror', None) or error}",
-            where=f"--host {host} --port {port}",
-            fix="Choose another port; 0 takes any free one.",
-        ) from error
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    >>> default_name("outputs/my-run"), default_name("hf:Qwen/Qwen2-0.5B@main")
+    ('my-run', 'Qwen2-0.5B')
+    """
+    last = Path(model).name or Path(model).resolve().name
+    return last.partition("@")[0].rpartition(":")[2] or "model"
 
 
 def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _greet(url: str, name: str, opened: Opened, key: bool) -> None:
+def _greeting(url: str, name: str, opened: Opened, key: bool) -> Callable[[], None]:
     chats = opened.tokenizer.chat_template is not None
     said = {"messages": [{"role": "user", "content": "Hello"}]} if chats else {"prompt": "Hello", "max_tokens": 32}
     path = "/v1/chat/completions" if chats else "/v1/completions"
     headers = "-H 'Content-Type: application/json'" + (' -H "Authorization: Bearer $FINETUNE_API_KEY"' if key else "")
     body = shlex.quote(json.dumps({"model": name, **said}, ensure_ascii=False))
-    say(f"Serving {name} at {url}/v1 (metrics at /metrics, health at /health). Ctrl-C stops it. Try:")
-    say(f"curl {url}{path} {headers} -d {body}")
+
+    def greet() -> None:
+        say(f"Serving {name} at {url}/v1 (metrics at /metrics, health at /health). Ctrl-C stops it. Try:")
+        say(f"curl {url}{path} {headers} -d {body}")
+
+    return greet
 
 
 def build_app(
-    opened: Opened, name: str, limits: Limits, *, api_key: str | None = None, verbose: bool = False
+    opened: Opened,
+    name: str,
+    limits: Limits,
+    *,
+    access: Access = Access(),
+    verbose: bool = False,
 ) -> FastAPI:
     """The HTTP application; its engine thread lives as long as the application does.
 
@@ -182,8 +170,13 @@ def build_app(
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
     )
-    _add_routes(app, _Endpoints(scheduler, metrics, reader, TokenTexts(opened.tokenizer), api_key))
-    app.add_middleware(_Observed, metrics=metrics, verbose=verbose)
+    _add_routes(app, _Endpoints(scheduler, metrics, reader, TokenTexts(opened.tokenizer), access.api_key))
+    if access.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=sorted(access.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, access=access)
+    app.add_middleware(Observed, metrics=metrics, verbose=verbose)
     return app
 
 
@@ -205,7 +198,7 @@ class _Endpoints:
         self._scheduler, self._metrics, self._reader, self._tokens = scheduler, metrics, reader, tokens
         self._api_key = api_key
         self._created = int(time.time())
-        self._reading = asyncio.Lock()
+        self._bodies, self._readers = Bodies(), asyncio.Semaphore(_READERS)
 
     async def chat(self, request: Request) -> Response:
         self._authorize(request)
@@ -216,10 +209,13 @@ class _Endpoints:
         return await self._answer(request, await self._read(self._reader.completion, request), TextReply)
 
     async def _read(self, read: Callable[[Any], Plan], request: Request) -> Plan:
-        """The plan of a request. A long text takes seconds to tokenize, in which the others' news must go out."""
-        body = await _read_json(request)
-        async with self._reading:
-            return await asyncio.to_thread(read, body)
+        """The plan of a request. All of it is done beside the event loop, so that the others' news go out."""
+        body = await self._bodies.read(request)
+        try:
+            async with self._readers:
+                return await asyncio.to_thread(lambda: read(parse(body)))
+        finally:
+            self._bodies.release(body)
 
     async def models(self, request: Request) -> Response:
         self._authorize(request)
@@ -228,7 +224,7 @@ class _Endpoints:
     async def model(self, request: Request, model: str) -> Response:
         self._authorize(request)
         if model != self._reader.name:
-            raise ApiError(404, f"The model {model!r} does not exist.", param="model", code="model_not_found")
+            raise ApiError(404, f"The model {shown(model)} does not exist.", param="model", code="model_not_found")
         return JSONResponse(self._model())
 
     async def health(self) -> Response:
@@ -255,7 +251,7 @@ class _Endpoints:
         except QueueFull:
             raise ApiError(429, "Too many requests wait already. Try again later.", code="queue_full") from None
         except ServerClosed:
-            raise ApiError(503, "The server is stopping.", code="server_closed") from None
+            raise stopping() from None
         request.state.reply = reply
         if plan.stream:
             return StreamingResponse(self._stream(ticket, reply), media_type="text/event-stream", headers=_NO_CACHE)
@@ -265,17 +261,19 @@ class _Endpoints:
             raise _engine_error(error) from error
         finally:
             self._leave(ticket)
-        return await _gone(request) if answer is None else JSONResponse(answer)
+        if answer is None:
+            return await _gone(request)
+        return Response(await asyncio.to_thread(_json, answer), media_type="application/json")
 
     async def _stream(self, ticket: Ticket, reply: ChatReply | TextReply) -> AsyncIterator[str]:
         try:
             async for chunk in reply.stream(ticket.events()):
                 yield _event(chunk)
-            yield "data: [DONE]\n\n"
         except (FinetuneError, ServerClosed) as error:
             yield _event(_engine_error(error).body)
         finally:
             self._leave(ticket)
+        yield "data: [DONE]\n\n"
 
     def _leave(self, ticket: Ticket) -> None:
         """The client has its answer, or has gone."""
@@ -291,29 +289,15 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
+def _json(answer: dict[str, Any]) -> str:
+    """In Python, piece by piece: the encoder in C would keep all threads waiting while it writes a long answer."""
+    return "".join(json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).iterencode(answer))
+
+
 def _engine_error(error: Exception) -> ApiError:
     if isinstance(error, ServerClosed):
-        return ApiError(503, "The server is stopping.", code="server_closed")
+        return stopping()
     return ApiError(500, str(error), code="engine_failed")
-
-
-async def _read_json(request: Request) -> Any:
-    """The body, no longer than MAX_BODY.
-
-    Another type than JSON is refused: browsers send plain text from any page to a loopback address without asking.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, "Send the body as Content-Type: application/json.")
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY:
-            raise ApiError(413, f"The body is larger than {MAX_BODY:,} bytes.")
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"The body is not JSON: {error}") from error
 
 
 async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
@@ -332,15 +316,17 @@ async def _unless_gone(request: Request, work: Awaitable[Any]) -> Any:
         leaving.cancel()
 
 
-async def _api_error(_: Request, error: ApiError) -> Response:
+async def _api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
     headers = {"Retry-After": "1"} if error.status == 429 else {}
     if error.status == 401:
         headers = {"WWW-Authenticate": "Bearer"}
     return JSONResponse(error.body, error.status, headers=headers)
 
 
-async def _http_error(_: Request, error: HTTPException) -> Response:
+async def _http_error(_: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
+    assert isinstance(error, HTTPException)
     text = {404: "There is no such path.", 405: "This path does not take this method."}
     answer = ApiError(error.status_code, text.get(error.status_code, str(error.detail)))
     return JSONResponse(answer.body, answer.status, headers=error.headers)
@@ -353,37 +339,3 @@ async def _gone(_: Request, error: Exception | None = None) -> Response:
 
 async def _fault(_: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(500, f"The server failed ({type(error).__name__}).").body, 500)
-
-
-class _Observed:
-    """Counts and times every HTTP request; with `verbose`, writes a line for it."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], metrics: Metrics, verbose: bool):
-        self._app, self._metrics, self._verbose = app, metrics, verbose
-
-    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 499
-
-        async def watch(message: dict[str, Any]) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        started = time.monotonic()
-        try:
-            await self._app(scope, receive, watch)
-        finally:
-            self._record(scope, status, time.monotonic() - started)
-
-    def _record(self, scope: dict[str, Any], status: int, seconds: float) -> None:
-        route = scope.get("route")
-        endpoint = getattr(route, "path", "other")  # the pattern, so that made-up paths make no new series
-        self._metrics.requests.labels(endpoint, str(status)).inc()
-        self._metrics.seconds.labels(endpoint).observe(seconds)
-        if self._verbose:
-            reply = scope.get("state", {}).get("reply")
-            tokens = f"  {reply.plan.prompt_tokens} + {reply.completion_tokens} tokens" if reply else ""
-            say(f"{time.strftime('%H:%M:%S')}  {status}  {scope['method']} {scope['path']}{tokens}  {seconds:.2f} s")

@@ -13,7 +13,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class Metrics:
     """Counters of one server, in a registry of their own."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "finetune_requests", "HTTP requests answered", ["endpoint", "status"], registry=registry

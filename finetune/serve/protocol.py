@@ -6,21 +6,24 @@ A key that this server would have to ignore is an error, unless ignoring it cann
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from finetune.chat.render import prompt_ids
+from finetune.chat.messages import Conversation
+from finetune.chat.render import prompt_text
 from finetune.errors import ArgumentError, CheckpointError, DataError, did_you_mean
 from finetune.infer.engine import Request
 from finetune.infer.open import Opened
-from finetune.infer.prompts import check_characters
 from finetune.infer.sampling import MAX_TOP_LOGPROBS, Sampling
 from finetune.rows.formats import parse_row
+from finetune.serve import fields
+from finetune.serve.errors import ApiError, shown
 
-MAX_STOPS, MAX_STOP_LENGTH = 16, 500
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own, for /v1/completions
+_LONGEST_NAME = 64  # of a parameter that is looked up among the known ones
 _HARMLESS = {
     "user",
     "store",
@@ -33,30 +36,16 @@ _HARMLESS = {
 }
 
 
-class ApiError(Exception):
-    """An answer with OpenAI's error object.
-
-    Attributes:
-        status: HTTP status code.
-        body: {"error": {"message", "type", "param", "code"}}.
-    """
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            status, "server_error" if status >= 500 else "invalid_request_error"
-        )
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-        super().__init__(message)
-
-
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     include_usage: bool | None = None
 
 
 class _Body(BaseModel):
-    """What both endpoints know. Descriptions stand in messages: "<name> must be <description>"."""
+    """What both endpoints know. Descriptions stand in messages: "<name> must be <description>".
+
+    Lists and objects are taken as they are, for `fields` to read.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -64,6 +53,7 @@ class _Body(BaseModel):
     stream: bool | None = Field(None, description="true or false")
     stream_options: _StreamOptions | None = Field(None, description='an object like {"include_usage": true}')
     max_tokens: int | None = Field(None, description="a whole number")
+    min_tokens: int | None = Field(None, description="a whole number")
     temperature: float | None = Field(None, description="a number")
     top_p: float | None = Field(None, description="a number")
     top_k: int | None = Field(None, description="a whole number")
@@ -73,29 +63,32 @@ class _Body(BaseModel):
     frequency_penalty: float | None = Field(None, description="a number")
     seed: int | None = Field(None, description="a whole number")
     n: int | None = Field(None, description="a whole number")
-    stop: str | list[str] | None = Field(None, description="a text or a list of texts")
-    stop_token_ids: list[int] | None = Field(None, description="a list of token ids")
-    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="left out; it is not supported")
+    stop: Any = None
+    stop_token_ids: Any = None
+    ignore_eos: bool | None = Field(None, description="true or false")
+    logit_bias: Any = None
 
 
 class _ChatBody(_Body):
-    messages: list[Any] = Field(min_length=1, description="a list of at least one message")
-    tools: list[Any] | None = Field(None, description="a list of tool definitions")
+    messages: Any
+    tools: Any = None
     tool_choice: Any = None
     max_completion_tokens: int | None = Field(None, description="a whole number")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}")
-    response_format: dict | None = Field(None, description='{"type": "text"}')
+    response_format: Any = None
+    chat_template_kwargs: Any = None
 
 
 class _CompletionBody(_Body):
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        description="a text, a list of texts, a list of token ids or a list of such lists"
-    )
+    prompt: Any
     logprobs: int | None = Field(None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}")
-    echo: bool | None = Field(None, description="false")
+    echo: bool | None = Field(None, description="true or false")
     suffix: str | None = Field(None, max_length=0, description="left out; it is not supported")
     best_of: int | None = Field(None, description="left out; it is not supported")
+
+
+_Form = TypeVar("_Form", bound=_Body)
 
 
 @dataclass(frozen=True)
@@ -123,12 +116,13 @@ class Plan:
 
 
 class RequestReader:
-    """Reads bodies for one model.
+    """Reads bodies for one model, in any thread.
 
     Args:
         name: What the model is called in requests.
         max_new_tokens: Most tokens of an answer; None leaves it to the model's context.
-        max_rows: Most answers that one request may ask for at once.
+        max_batch: Most samples of a prompt.
+        max_queue: How many answers, beside `max_batch`, one request may ask for at once.
     """
 
     def __init__(self, opened: Opened, name: str, *, max_new_tokens: int | None, max_batch: int, max_queue: int):
@@ -137,6 +131,7 @@ class RequestReader:
         self._context = opened.engine.context
         self._max_new_tokens = min(max_new_tokens or self._context, self._context)
         self._max_batch, self._max_rows = max_batch, max_batch + max_queue
+        self._rendering = threading.Lock()  # a template counts its steps, for one text at a time
 
     def chat(self, raw: Any) -> Plan:
         """Read the body of /v1/chat/completions.
@@ -155,8 +150,8 @@ class RequestReader:
             raise ApiError(400, "Only the response format text is supported.", param="response_format")
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         sampling = self._sampling(body, getattr(body, limit_name), None, logprobs, limit_name, "top_logprobs")
-        ids = self._render(body.messages, tools)
-        return self._plan(body, [self._request(ids, sampling, "messages")], reads_tool_calls=bool(tools))
+        ids = self._encode(self._render(body, tools), "messages", add_special_tokens=False)
+        return self._plan(body, [self._request(ids, sampling, "messages")], bool(tools))
 
     def completion(self, raw: Any) -> Plan:
         """Read the body of /v1/completions.
@@ -171,39 +166,33 @@ class RequestReader:
         sampling = self._sampling(
             body, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, "max_tokens", "logprobs"
         )
-        prompts = body.prompt
-        if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
-            prompts = [prompts]
-        if not prompts:
-            raise ApiError(400, "The list of prompts is empty.", param="prompt")
-        if len(prompts) * sampling.n > self._max_rows:
-            raise ApiError(
-                400, f"{len(prompts)} prompts are too many; this server takes {self._max_rows} rows.", param="prompt"
-            )
-        return self._plan(body, [self._request(self._encode(prompt), sampling, "prompt") for prompt in prompts])
+        prompts = fields.prompts(body.prompt, most=self._max_rows // sampling.n, context=self._context)
+        ids = [
+            prompt if isinstance(prompt, list) else self._encode(prompt, "prompt", add_special_tokens=True)
+            for prompt in prompts
+        ]
+        return self._plan(body, [self._request(prompt, sampling, "prompt") for prompt in ids])
 
     def _plan(self, body: _Body, requests: list[Request], reads_tool_calls: bool = False) -> Plan:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         return Plan(requests, bool(body.stream), include_usage, reads_tool_calls)
 
-    def _body(self, raw: Any, form: type[_Body]) -> Any:
+    def _body(self, raw: Any, form: type[_Form]) -> _Form:
         if not isinstance(raw, dict):
             raise ApiError(400, "The body must be a JSON object.")
         try:
-            check_characters(raw, "body")
             body = form.model_validate(raw)
         except ValidationError as error:
             raise _invalid(error, form) from error
-        except DataError as error:
-            raise ApiError(400, str(error)) from error
-        for name in body.model_extra:
+        for name in body.model_extra or ():
             if name not in _HARMLESS:
-                said = f"This server does not support the parameter {name}. {did_you_mean(name, form.model_fields)}"
-                raise ApiError(400, said.rstrip(), param=name)
+                hint = did_you_mean(name, form.model_fields) if len(name) < _LONGEST_NAME else ""
+                said = f"This server does not know the parameter {shown(name)}. {hint}"
+                raise ApiError(400, said.rstrip(), param=name[:80])
         if body.model != self.name:
             raise ApiError(
                 404,
-                f"The model {body.model!r} does not exist; this server has {self.name!r}.",
+                f"The model {shown(body.model)} does not exist; this server has {self.name!r}.",
                 param="model",
                 code="model_not_found",
             )
@@ -211,7 +200,7 @@ class RequestReader:
 
     def _sampling(
         self,
-        body: Any,
+        body: _Body,
         max_tokens: int | None,
         default: int | None,
         logprobs: int | None,
@@ -223,73 +212,67 @@ class RequestReader:
                 400, f"{limit_name} is {max_tokens}; this server allows {self._max_new_tokens}.", param=limit_name
             )
         asked = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")}
+        vocabulary = self._opened.engine.decoder.vocab_size
+        stop_ids = fields.stop_token_ids(body.stop_token_ids, vocabulary)
+        limit = min(default or self._max_new_tokens, self._max_new_tokens) if max_tokens is None else max_tokens
         others = {
-            "max_new_tokens": min(default or self._max_new_tokens, self._max_new_tokens)
-            if max_tokens is None
-            else max_tokens,
+            "max_new_tokens": limit,
+            "min_new_tokens": body.min_tokens or 0,
             "presence_penalty": body.presence_penalty or 0.0,
             "frequency_penalty": body.frequency_penalty or 0.0,
             # Negative seeds are allowed there, but are none for NumPy.
             "seed": None if body.seed is None else body.seed % 2**64,
             "n": 1 if body.n is None else body.n,
-            "stop": self._stops(body.stop),
-            "stop_token_ids": None if body.stop_token_ids is None else tuple(body.stop_token_ids),
+            "stop": fields.stops(body.stop),
+            "stop_token_ids": stop_ids or () if body.ignore_eos else stop_ids,
             "logprobs": logprobs,
+            "logit_bias": fields.logit_bias(body.logit_bias, vocabulary),
         }
+        names = {"max_new_tokens": limit_name, "min_new_tokens": "min_tokens", "logprobs": logprobs_name}
         try:
             sampling = Sampling.under_model(self._opened.generation_config, asked, **others)
         except ArgumentError as error:
-            name = error.faults[0].where
-            param = {"max_new_tokens": limit_name, "logprobs": logprobs_name}.get(name, name)
+            name = error.faults[0].where or ""
+            param = names.get(name, name)
             raise ApiError(
                 400, f"{error.faults[0].what.replace(name, param)}. {error.faults[0].fix}", param=param
             ) from error
         if sampling.n > self._max_batch:
             raise ApiError(400, f"n is {sampling.n}; this server allows {self._max_batch}.", param="n")
+        if sampling.min_new_tokens > sampling.max_new_tokens:
+            raise ApiError(
+                400, f"min_tokens is {sampling.min_new_tokens}, above {limit_name}, {limit}.", param="min_tokens"
+            )
         return sampling
 
-    def _stops(self, stop: str | list[str] | None) -> tuple[str, ...]:
-        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
-        if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stops):
-            raise ApiError(
-                400,
-                f"stop holds more than {MAX_STOPS} texts, or one of over {MAX_STOP_LENGTH} characters.",
-                param="stop",
-            )
-        return stops
-
-    def _tools(self, body: _ChatBody) -> list[dict] | None:
+    def _tools(self, body: _ChatBody) -> list[dict[str, Any]] | None:
         if body.tool_choice not in (None, "auto", "none"):
             raise ApiError(400, 'tool_choice must be "auto" or "none".', param="tool_choice")
-        for i, tool in enumerate(body.tools or ()):
-            function = tool.get("function") if isinstance(tool, dict) else None
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                wanted = '{"type": "function", "function": {"name": "...", "parameters": {...}}}'
-                raise ApiError(400, f"tools[{i}] must be {wanted}.", param=f"tools[{i}]")
-        if not body.tools or body.tool_choice == "none":
+        tools = fields.tools(body.tools)
+        if not tools or body.tool_choice == "none":
             return None
-        if not self._template(body.tools).knows_tools:
+        if not self._template_knows_tools(tools):
             raise ApiError(400, "The model's chat template does not know tools.", param="tools")
-        return body.tools
+        return tools
 
-    def _template(self, tools: list | None):
+    def _template_knows_tools(self, tools: list[dict[str, Any]] | None) -> bool:
         try:
-            return self._opened.tokenizer.template_for(tools)
+            return self._opened.tokenizer.template_for(tools).knows_tools
         except CheckpointError as error:
             raise ApiError(400, "The model has no chat template; use /v1/completions.") from error
 
-    def _render(self, messages: list[Any], tools: list[dict] | None) -> list[int]:
-        self._template(tools)
-        messages = [
-            {**message, "role": "system"}
-            if isinstance(message, dict) and message.get("role") == "developer"
-            else message
-            for message in messages
-        ]
+    def _render(self, body: _ChatBody, tools: list[dict[str, Any]] | None) -> str:
+        self._template_knows_tools(tools)
+        messages = fields.messages(body.messages, self._context)
+        for message in messages:
+            if message["role"] != "assistant":  # of those, templates may drop the reasoning
+                self._check_length(message.get("content") or "", "messages")
+        variables = fields.template_variables(body.chat_template_kwargs)
         try:
-            return prompt_ids(
-                self._opened.tokenizer, parse_row({"messages": messages, "tools": tools}, "messages", "body")
-            )
+            conversation = parse_row({"messages": messages, "tools": tools}, "messages", "body")
+            assert isinstance(conversation, Conversation)
+            with self._rendering:
+                return prompt_text(self._opened.tokenizer, conversation, **variables)
         except DataError as error:
             fault = error.faults[0]
             key = re.search(r"key (\S+)$", fault.where or "")
@@ -297,18 +280,19 @@ class RequestReader:
             param = key.group(1) if key else "messages"
             raise ApiError(400, f"{param}: {text}", param=param) from error
 
-    def _encode(self, prompt: str | list[int]) -> list[int]:
-        return self._opened.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    def _encode(self, text: str, param: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text that may fit the context."""
+        self._check_length(text, param)
+        return self._opened.tokenizer.encode(text, add_special_tokens)
+
+    def _check_length(self, text: str, param: str) -> None:
+        least = self._opened.tokenizer.least_tokens(text, self._context)
+        if least:
+            raise fields.too_long(param, f"at least {least:,} tokens", self._context)
 
     def _request(self, ids: list[int], sampling: Sampling, param: str) -> Request:
         if len(ids) >= self._context:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {self._context} tokens, and the {param} took {len(ids)}, "
-                "which leaves no room for an answer. Shorten it.",
-                param=param,
-                code="context_length_exceeded",
-            )
+            raise fields.too_long(param, f"{len(ids):,} tokens", self._context)
         try:
             return self._opened.engine.request(ids, sampling)
         except DataError as error:
@@ -316,7 +300,7 @@ class RequestReader:
 
 
 def _invalid(error: ValidationError, form: type[_Body]) -> ApiError:
-    first = error.errors()[0]
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     param = str(first["loc"][0])
     if first["type"] == "missing":
         return ApiError(400, f"The parameter {param} is missing.", param=param)

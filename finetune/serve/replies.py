@@ -30,7 +30,7 @@ class TokenTexts:
         """A token's bytes; empty for one that only the model's vocabulary has."""
         if token in self._added:
             return self._added[token].encode()
-        text = self._tokenizer.convert_ids_to_tokens(token) or ""
+        text = self._tokenizer.backend.id_to_token(token) or ""
         table = _byte_of_character()
         if all(character in table for character in text):
             return bytes(table[character] for character in text)
@@ -150,7 +150,8 @@ class ChatReply(_Reply):
         return {"token": self._tokens.text(token), "logprob": logprob, "bytes": list(content)}
 
     def _empty(self, index: int) -> Json:
-        logprobs = None if self.plan.requests[0].sampling.logprobs is None else {"content": [], "refusal": None}
+        asked = self.plan.requests[0].sampling.logprobs is not None
+        logprobs: Json | None = {"content": [], "refusal": None} if asked else None
         message = {"role": "assistant", "content": "", "refusal": None}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": None}
 
@@ -169,7 +170,7 @@ class ChatReply(_Reply):
 class _Calls:
     """The tool calls of one choice."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.reader, self.count = ToolCallReader(), 0
 
     def add(self, call: ToolCall) -> Json:
@@ -205,7 +206,7 @@ class TextReply(_Reply):
         return [piece]
 
     def _empty(self, index: int) -> Json:
-        logprobs = None
+        logprobs: Json | None = None
         if self.plan.requests[0].sampling.logprobs is not None:
             logprobs = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         return {"index": index, "text": "", "logprobs": logprobs, "finish_reason": None}

@@ -65,9 +65,9 @@ class Ticket:
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
     started: bool = False
-    _news: asyncio.Queue = field(default_factory=asyncio.Queue)
+    _news: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.left = self.rows
 
     async def events(self) -> AsyncIterator[Event]:
@@ -237,7 +237,7 @@ class Scheduler:
             self._paused.extendleft(out)
 
     def _report(self, rows: list[Row]) -> None:
-        news: list[tuple[Ticket, Event]] = []
+        news: list[tuple[Ticket, Event | Exception]] = []
         for row in rows:
             ticket, prompt = row.request.index
             if row.error is not None:
@@ -264,7 +264,7 @@ class Scheduler:
             for ticket, item in news:
                 ticket.put(item)
 
-        if news and not self._loop.is_closed():
+        if news and self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(hand_out)
 
     def _finish(self, ticket: Ticket) -> None:

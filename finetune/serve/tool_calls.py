@@ -31,7 +31,7 @@ class ToolCallReader:
     ['Wait.', ToolCall(name='now', arguments='{}')]
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._text = ""
         self._after_call = False
 
@@ -46,7 +46,7 @@ class ToolCallReader:
             end = self._text.find(CLOSE, start) if start >= 0 else -1
             if end < 0:
                 start = len(self._text) - overlap(self._text, OPEN) if start < 0 else start
-                return found + self._take(len(self._text[:start].rstrip()))
+                return [*found, *self._take(len(self._text[:start].rstrip()))]
             call = _parse(self._text[start + len(OPEN) : end])
             if call is None:
                 found += self._take(end + len(CLOSE))
@@ -59,7 +59,7 @@ class ToolCallReader:
         """The rest. A last call whose closing tag the model left out counts."""
         head, tag, inside = self._text.partition(OPEN)
         call = _parse(inside) if tag and not head.strip() else None
-        return self._take(len(self._text)) if call is None else [call]
+        return [*self._take(len(self._text))] if call is None else [call]
 
     def _take(self, length: int) -> list[str]:
         piece, self._text = self._text[:length], self._text[length:]

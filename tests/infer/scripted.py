@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ import numpy as np
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.infer.open import Opened
-from finetune.serve.app import Limits, Server, build_app, listen
+from finetune.serve.app import Limits, build_app
+from finetune.serve.network import Server, listen
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Served:
 
     url: str
     app: object
+    server: Server
 
     @property
     def scheduler(self):
@@ -96,15 +99,15 @@ class Served:
 
 
 @contextmanager
-def serving(opened: Opened, limits: Limits = Limits(), **settings) -> Iterator[Served]:
+def serving(opened: Opened, limits: Limits = Limits(), grace: float = 5, **settings) -> Iterator[Served]:
     app = build_app(opened, "tiny", limits, **settings)
     listener = listen("127.0.0.1", 0)
-    server = Server(app, lambda: None, grace=5)
+    server = Server(app, lambda: None, lambda: asyncio.to_thread(app.state.scheduler.stop), grace=grace)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     wait_for(lambda: server.started)
     try:
-        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", app)
+        yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", app, server)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -18,9 +18,11 @@ import httpx
 import openai
 import pytest
 
+from finetune.chat.tokenizer import Tokenizer
 from finetune.infer.open import open_model
 from finetune.infer.sampling import Sampling
 from finetune.serve.app import Limits
+from finetune.serve.guard import Access
 from tests.infer.scripted import scripted, serving, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,8 +196,6 @@ def test_many_at_once_are_each_answered_as_alone(client, server):
 
 @pytest.fixture(scope="module")
 def tool_opened(opened, tmp_path_factory):
-    from finetune.chat.tokenizer import Tokenizer
-
     folder = tmp_path_factory.mktemp("tools")
     opened.tokenizer.save(folder)
     (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
@@ -251,7 +251,8 @@ def _calls(client):
         ({"stop": ""}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": 3}, "stop"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": TOOLS}, "tools"),
         ({"tools": [{"name": "add"}]}, "tools[0]"),
@@ -312,7 +313,7 @@ def test_bad_http_gets_an_error_object(server, method, path, content, kind, stat
 
 
 def test_the_api_key_is_asked_for(opened):
-    with serving(opened, api_key="secret") as running:
+    with serving(opened, access=Access(api_key="secret")) as running:
         assert chat(running.client(api_key="secret"), max_tokens=1).choices
         for call in (chat, lambda client: client.models.list()):
             with pytest.raises(openai.AuthenticationError):
@@ -347,9 +348,8 @@ def test_a_client_that_leaves_frees_its_place(slow):
 
 def test_a_client_that_leaves_while_it_sends_ends_quietly(opened, capsys, caplog):
     with serving(opened) as running:
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
-        )
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Type: application/json\r\nContent-Length: 99\r\n\r\n"
         host, port = running.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall(head.encode() + b'{"model": ')
@@ -362,12 +362,12 @@ def test_a_client_that_leaves_while_it_sends_ends_quietly(opened, capsys, caplog
 def test_others_are_answered_while_a_long_text_is_tokenized(server, client, monkeypatch):
     reading, go_on = threading.Event(), threading.Event()
 
-    def slow(tokenizer, row):
+    def slow(tokenizer, text, add_special_tokens):
         reading.set()
         assert go_on.wait(20)
         return [1, 2]
 
-    monkeypatch.setattr("finetune.serve.protocol.prompt_ids", slow)
+    monkeypatch.setattr(Tokenizer, "encode", slow)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(chat, client, max_tokens=1)
         assert reading.wait(20)
@@ -479,7 +479,7 @@ def test_the_process_greets_answers_and_stops_gracefully(tiny_untied_folder):
         curl = process.stderr.readline()
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="k")
         stream = client.chat.completions.create(
-            model=str(tiny_untied_folder),
+            model=tiny_untied_folder.name,
             messages=HELLO,
             max_tokens=100,
             stream=True,

@@ -6,17 +6,17 @@
     tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen2-1.5B-Instruct")
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     model_inputs = tokenizer([text], return_tensors="pd")
-    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=512)
+    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=512)[0]
 
 The model is PaddleNLP's own object. Its `generate` is ours: it takes a prompt without an attention mask, reads
-generation_config.json as transformers does and returns prompt and answer together. PaddleNLP's stays reachable as
-`model.paddle_generate`.
+generation_config.json as transformers does and returns a pair as PaddleNLP does, whose sequences hold prompt and answer
+together. PaddleNLP's stays reachable as `model.paddle_generate`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from finetune.infer.open import open_tokenizer, read_generation_config
 from finetune.infer.sampling import Sampling
 from finetune.model.resolve import resolve_model
 from finetune.model.runtime import paddle
+
+if TYPE_CHECKING:
+    from finetune.infer.engine import Output
 
 DEFAULT_NEW_TOKENS = 20  # transformers' default when neither max_new_tokens nor max_length is given
 
@@ -122,8 +125,10 @@ class Generate:
                 generation_config.
 
         Returns:
-            Paddle int64 [B * num_return_sequences, L + new]: the prompts as given, the answers with their end token,
-            and the padding token behind shorter answers.
+            sequences: Paddle int64 [B * num_return_sequences, L + new]: the prompts as given, the answers with their
+                end token, and the padding token behind shorter answers.
+            scores: Paddle float32 [B * num_return_sequences, 1], as PaddleNLP's: the mean of the answer's logits; where
+                tokens are drawn, of their log-probabilities, nats, before penalties.
 
         Raises:
             ArgumentError: a setting is unknown, out of range or not supported here.
@@ -148,7 +153,9 @@ class Generate:
         self._engine.tokenizer = tokenizer if sampling.stop else None
         prompts = [row[keep] for row, keep in zip(ids, mask)]
         outputs = self._engine.generate(prompts, samplings, batch_size=max(1, len(ids) * sampling.n))
-        return paddle().to_tensor(_joined(ids, [output.tokens for output in outputs], sampling.n, pad or 0))
+        sequences = _joined(ids, [output.tokens for output in outputs], sampling.n, pad or 0)
+        scores = np.array([[_score(output)] for output in outputs], dtype=np.float32)
+        return paddle().to_tensor(sequences), paddle().to_tensor(scores)
 
 
 def _array(values) -> np.ndarray:
@@ -182,7 +189,7 @@ def _sampling(config: dict[str, Any], prompt_length: int, ends: list[int]) -> Sa
                 fix="max_length counts the prompt as well; use max_new_tokens.",
             )
     stop = config.get("stop_strings") or ()
-    return Sampling.from_generation_config(
+    sampling = Sampling.from_generation_config(
         config,
         max_new_tokens=new_tokens,
         min_new_tokens=config.get("min_new_tokens") or 0,
@@ -190,6 +197,13 @@ def _sampling(config: dict[str, Any], prompt_length: int, ends: list[int]) -> Sa
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         stop_token_ids=tuple(ends),
     )
+    return sampling if sampling.temperature == 0.0 else replace(sampling, logprobs=0)
+
+
+def _score(output: Output) -> float:
+    if output.logprobs is None:
+        return output.score
+    return sum(token.logprob for token in output.logprobs) / len(output.logprobs)
 
 
 def _seeds(rows: int, sampling: Sampling, seed: int | None) -> list[int | None]:

@@ -35,6 +35,7 @@ class Output:
         finish_reason: "stop" (stop token or stop text) or "length" (max_new_tokens or the model's context).
         logprobs: One entry per token when asked for, else None.
         prompt_tokens: Length of the prompt.
+        score: Mean of the tokens' logits, penalties taken off.
     """
 
     tokens: list[int]
@@ -42,6 +43,7 @@ class Output:
     finish_reason: str
     logprobs: list[TokenLogprob] | None
     prompt_tokens: int
+    score: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Row:
         self._rng = np.random.default_rng(None if seed is None else [seed, self.sample])
         self._counts: dict[int, int] = {}
         self._bias = _bias(self.request.sampling.logit_bias)
+        self._sum = 0.0  # of the tokens' logits
         self._sent = 0
         self._ends: list[int] = []  # length of the text after each token; kept only beside log-probabilities
         self._told = 0
@@ -121,11 +124,12 @@ class Row:
         token = choose(adjusted, sampling, self._rng)
         if sampling.logprobs is not None:
             self.logprobs.append(token_logprob(scores, token, sampling.logprobs))
-        self.accept(token)
+        self.accept(token, float(adjusted[token]))
 
-    def accept(self, token: int) -> None:
+    def accept(self, token: int, logit: float) -> None:
         """Add a token, and find out whether the row ends with it."""
         self.tokens.append(token)
+        self._sum += logit
         self._counts[token] = self._counts.get(token, 0) + 1
         if token in self.stop_ids:
             self.finish_reason = "stop"
@@ -187,7 +191,14 @@ class Row:
         if self.error is not None:
             raise self.error
         logprobs = self.logprobs if self.request.sampling.logprobs is not None else None
-        return Output(self.tokens, self.text, self.finish_reason or "length", logprobs, len(self.request.prompt))
+        return Output(
+            self.tokens,
+            self.text,
+            self.finish_reason or "length",
+            logprobs,
+            len(self.request.prompt),
+            self._sum / max(1, len(self.tokens)),
+        )
 
 
 def _bias(pairs: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -423,12 +434,13 @@ def _advance(rows: list[Row], logits, source: Sequence[int]) -> None:
     """
     scores = None
     if not logits.place.is_cpu_place() and all(row.likeliest for row in rows):
-        tokens = logits.argmax(axis=-1).tolist()
+        tokens, largest = logits.argmax(axis=-1).tolist(), logits.max(axis=-1).tolist()
     else:
         scores = logits.numpy()
         tokens = scores.argmax(axis=-1)
+        largest = scores[np.arange(len(scores)), tokens]
         # argmax stops at the first NaN, so that one look at the largest finds it.
-        if np.isnan(scores[np.arange(len(scores)), tokens]).any():
+        if np.isnan(largest).any():
             raise FinetuneError(
                 "the model's output is not a number (NaN)",
                 fix="The weights are damaged or the training diverged: try an earlier checkpoint.",
@@ -436,7 +448,7 @@ def _advance(rows: list[Row], logits, source: Sequence[int]) -> None:
     for row, i in zip(rows, source):
         try:
             if scores is None or row.likeliest:
-                row.accept(int(tokens[i]))
+                row.accept(int(tokens[i]), float(largest[i]))
             else:
                 row.advance(scores[i])
         except Exception as error:  # its settings are its own, and so is what they lead to: the others go on

@@ -31,7 +31,7 @@ def test_the_quickstart_as_printed(model, tokenizer):
     ]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     model_inputs = tokenizer([text], return_tensors="pd")
-    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=32)
+    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=32)[0]
     generated_ids = [
         output_ids[len(input_ids) :] for input_ids, output_ids in zip(model_inputs.input_ids, generated_ids)
     ]
@@ -39,11 +39,33 @@ def test_the_quickstart_as_printed(model, tokenizer):
     assert isinstance(response, str) and len(generated_ids[0]) <= 32
 
 
-def test_paddlenlps_own_generate_agrees(model, tokenizer):
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {"decode_strategy": "greedy_search"}),
+        ({"repetition_penalty": 1.7}, {"decode_strategy": "greedy_search", "repetition_penalty": 1.7}),
+        # Nothing is left to chance, but the scores are those of a draw.
+        ({"do_sample": True, "top_k": 1}, {"decode_strategy": "sampling", "top_k": 1}),
+    ],
+    ids=["greedy", "penalized", "drawn"],
+)
+def test_paddlenlps_own_generate_gives_the_same_pair(model, tokenizer, ours, theirs):
     inputs = tokenizer(["What is the sum of 12 and 30?"], return_tensors="pd")
-    ours = model.generate(**inputs, max_new_tokens=24, eos_token_id=[])
-    theirs = model.paddle_generate(**inputs, max_new_tokens=24, decode_strategy="greedy_search", eos_token_id=-1)[0]
-    assert ours[0, inputs.input_ids.shape[1] :].tolist() == theirs[0].tolist()
+    sequences, scores = model.generate(**inputs, max_new_tokens=24, eos_token_id=[], **ours)
+    tokens, means = model.paddle_generate(**inputs, max_new_tokens=24, eos_token_id=-1, **theirs)
+    assert sequences[0, inputs.input_ids.shape[1] :].tolist() == tokens[0].tolist()
+    assert scores.shape == means.shape == [1, 1] and scores.dtype == means.dtype
+    np.testing.assert_allclose(scores.numpy(), means.numpy(), rtol=1e-5)
+
+
+def test_a_score_counts_the_answers_own_tokens(model):
+    rows = [[65, 66, 67], [70, 71, 72]]
+    ends = model.generate(rows, max_new_tokens=6, eos_token_id=[])[0]
+    end = int(ends[0, 5])
+    sequences, scores = model.generate(rows, max_new_tokens=12, eos_token_id=end, pad_token_id=400)
+    alone, score = model.generate(rows[:1], max_new_tokens=12, eos_token_id=end)
+    assert alone.shape[1] < sequences.shape[1]
+    np.testing.assert_allclose(scores[0].numpy(), score[0].numpy(), rtol=1e-5)
 
 
 def test_padding_is_masked_and_answers_are_padded(model, tokenizer):
@@ -51,10 +73,10 @@ def test_padding_is_masked_and_answers_are_padded(model, tokenizer):
     inputs = tokenizer(texts, return_tensors="pd", padding=True)
     width = inputs.input_ids.shape[1]
     single = [tokenizer([text], return_tensors="pd") for text in texts]
-    alone = [model.generate(**one, max_new_tokens=9, eos_token_id=[]) for one in single]
+    alone = [model.generate(**one, max_new_tokens=9, eos_token_id=[])[0] for one in single]
     tails = [row[0, -9:].tolist() for row in alone]
     end = tails[0][3]
-    rows = model.generate(**inputs, max_new_tokens=9, eos_token_id=end, pad_token_id=400)
+    rows, _ = model.generate(**inputs, max_new_tokens=9, eos_token_id=end, pad_token_id=400)
     assert rows[:, :width].tolist() == inputs.input_ids.tolist()
     for row, tail in zip(rows[:, width:].tolist(), tails):
         kept = tail[: tail.index(end) + 1] if end in tail else tail
@@ -63,9 +85,9 @@ def test_padding_is_masked_and_answers_are_padded(model, tokenizer):
 
 def test_without_a_mask_padding_is_inferred_only_when_it_is_no_end_token(model):
     padded = np.array([[400, 400, 65, 66, 67]])
-    plain = model.generate([[65, 66, 67]], max_new_tokens=6, eos_token_id=402)[0, 3:].tolist()
-    inferred = model.generate(padded, max_new_tokens=6, eos_token_id=402, pad_token_id=400)[0, 5:].tolist()
-    attended = model.generate(padded, max_new_tokens=6, eos_token_id=[402, 400], pad_token_id=400)[0, 5:].tolist()
+    plain = model.generate([[65, 66, 67]], max_new_tokens=6, eos_token_id=402)[0][0, 3:].tolist()
+    inferred = model.generate(padded, max_new_tokens=6, eos_token_id=402, pad_token_id=400)[0][0, 5:].tolist()
+    attended = model.generate(padded, max_new_tokens=6, eos_token_id=[402, 400], pad_token_id=400)[0][0, 5:].tolist()
     assert inferred == plain != attended
 
 
@@ -73,12 +95,12 @@ def test_draws_are_repeatable_by_seed_and_by_paddle_seed(model):
     import paddle
 
     draw = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "eos_token_id": []}
-    first, second = (model.generate([[65, 66]], seed=3, **draw).tolist() for _ in range(2))
+    first, second = (model.generate([[65, 66]], seed=3, **draw)[0].tolist() for _ in range(2))
     assert first == second
     again = []
     for _ in range(2):
         paddle.seed(7)
-        again.append(model.generate([[65, 66]], num_return_sequences=2, **draw).tolist())
+        again.append(model.generate([[65, 66]], num_return_sequences=2, **draw)[0].tolist())
     assert again[0] == again[1] and again[0][0] != again[0][1]
 
 
@@ -87,15 +109,15 @@ def test_generation_config_gives_the_defaults(tiny_untied_folder, tmp_path):
     settings = {"do_sample": True, "temperature": 0.01, "repetition_penalty": 1.3, "max_new_tokens": 5}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    greedy = model.generate([[65, 66]], do_sample=False).tolist()
+    greedy = model.generate([[65, 66]], do_sample=False)[0].tolist()
     assert len(greedy[0]) == 7
-    assert model.generate([[65, 66]]).tolist() == greedy
-    assert model.generate([[65, 66]], do_sample=False, max_new_tokens=9).shape == [1, 11]
+    assert model.generate([[65, 66]])[0].tolist() == greedy
+    assert model.generate([[65, 66]], do_sample=False, max_new_tokens=9)[0].shape == [1, 11]
 
 
 def test_lengths_as_in_transformers(model):
-    assert model.generate([[65, 66]], eos_token_id=[]).shape == [1, 22]
-    assert model.generate([[65, 66]], max_length=5, eos_token_id=[]).shape == [1, 5]
+    assert model.generate([[65, 66]], eos_token_id=[])[0].shape == [1, 22]
+    assert model.generate([[65, 66]], max_length=5, eos_token_id=[])[0].shape == [1, 5]
     with pytest.raises(ArgumentError, match="max_length"):
         model.generate([[65, 66]], max_length=2)
 
@@ -103,9 +125,9 @@ def test_lengths_as_in_transformers(model):
 def test_stop_strings(model, tokenizer):
     inputs = tokenizer(["What is"], return_tensors="pd")
     width = inputs.input_ids.shape[1]
-    whole = model.generate(**inputs, max_new_tokens=12, eos_token_id=[])[0, width:]
+    whole = model.generate(**inputs, max_new_tokens=12, eos_token_id=[])[0][0, width:]
     stop = tokenizer.decode(whole)[3:5]
-    rows = model.generate(**inputs, max_new_tokens=12, eos_token_id=[], stop_strings=stop, tokenizer=tokenizer)
+    rows, _ = model.generate(**inputs, max_new_tokens=12, eos_token_id=[], stop_strings=stop, tokenizer=tokenizer)
     assert rows.shape[1] < width + 12
     with pytest.raises(ArgumentError, match="tokenizer"):
         model.generate(**inputs, stop_strings="x")

@@ -306,7 +306,7 @@ def test_streamed_pieces_never_split_a_character(engine, tokenizer, text):
     row = Batch(engine)._row(engine.request([1], Sampling(max_new_tokens=500)), 0)
     pieces = []
     for token in tokenizer.encode(text):
-        row.accept(token)
+        row.accept(token, 0.0)
         pieces.append(row.new_text())
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -319,7 +319,7 @@ def test_an_unfinished_character_is_given_at_the_end(engine, tokenizer):
     row = Batch(engine)._row(engine.request([1], Sampling(max_new_tokens=len(tokens))), 0)
     pieces = []
     for token in tokens:
-        row.accept(token)
+        row.accept(token, 0.0)
         pieces.append(row.new_text())
     assert pieces[0] == "a" and row.finish_reason == "length"
     assert "".join(pieces) == row.output().text == tokenizer.decode(tokens)

@@ -176,7 +176,7 @@ def test_generate_calls_return_the_same_sequences(jobs, number):
     job = jobs[f"calls-{number}"]
     model = AutoModelForCausalLM.from_pretrained(job.folder)
     for call, expected in zip(CALLS, job.answer["calls"], strict=True):
-        assert model.generate(**call).tolist() == expected, call
+        assert model.generate(**call)[0].tolist() == expected, call
 
 
 def test_the_quickstart_snippet(jobs):
@@ -188,8 +188,8 @@ def test_the_quickstart_snippet(jobs):
     tokenizer = AutoTokenizer.from_pretrained(job.folder)
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
     model_inputs = tokenizer([text], return_tensors="pd")
-    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=512, do_sample=False)
-    masked_ids = model.generate(**model_inputs, max_new_tokens=512, do_sample=False)
+    generated_ids = model.generate(model_inputs.input_ids, max_new_tokens=512, do_sample=False)[0]
+    masked_ids = model.generate(**model_inputs, max_new_tokens=512, do_sample=False)[0]
     assert [generated_ids.tolist(), masked_ids.tolist()] == job.answer["calls"]
 
 

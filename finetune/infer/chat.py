@@ -1,6 +1,7 @@
 """The `chat` command: a conversation in the terminal.
 
-Answers are drawn as the model's generation_config.json says (greedy where it says nothing), and printed as they come.
+Answers are drawn as the model's generation_config.json says, at temperature 0.7 where it does not draw, so that another
+answer can be had; they are printed as they come.
 Everything but the answers goes to stderr, so that a piped conversation leaves nothing else on stdout. With `--compare`
 two models hold the same conversation, each with its own answers: side by side where the terminal is wide, else one
 after the other under their names.
@@ -11,12 +12,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +28,7 @@ from rich.text import Text
 from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_ids
 from finetune.console import console, say
-from finetune.errors import DataError
+from finetune.errors import ArgumentError, DataError, UserError, did_you_mean
 from finetune.infer.open import Opened, open_model
 from finetune.infer.sampling import DEFAULT_MAX_NEW_TOKENS, Sampling
 
@@ -35,14 +36,7 @@ if TYPE_CHECKING:
     from finetune.infer.engine import Delta
 
 WIDE = 120  # columns from which two answers stand side by side
-HELP = """\
-/system TEXT   set the system message (without TEXT: take it away) and start over
-/undo          take back the last question and its answer
-/retry         answer the last question again
-/reset         start over, keeping the system message
-/save FILE     append the conversation to FILE as a training row (messages form); of two, MODEL's
-/help          show this
-/exit          leave (Ctrl-D too); Ctrl-C stops an answer"""
+TEMPERATURE = 0.7  # of a model whose generation config is greedy, or says nothing
 
 
 @dataclass
@@ -165,18 +159,43 @@ def chat(
         sides.insert(0, (compare, _with_template(open_model(compare, pack=True), opened)))
     talks = []
     for name, side in sides:
-        sampling = Sampling.under_model(side.generation_config, asked, max_new_tokens=max_new_tokens, seed=seed)
+        sampling = _sampling(side.generation_config, asked, max_new_tokens=max_new_tokens, seed=seed)
         talks.append(Talk(side, sampling, name))
         talks[-1].reset(system or "")
     if sys.stdin.isatty():
-        who = " and ".join(talk.name for talk in talks)
-        say(f"Talking with {who}. /help shows what can be done.", style="dim")
+        say(f"Talking with {' and '.join(talk.name for talk in talks)}.", style="dim")
+        say(f"{_manner(talks)} /help shows what can be done.", style="dim")
     for line in _lines():
         try:
             if not _handle(talks, line):
                 return
-        except (DataError, OSError) as error:
+        except (UserError, OSError) as error:
             say(str(error), style="red")
+
+
+def _sampling(config: dict[str, Any], asked: dict[str, Any], **others: Any) -> Sampling:
+    """The model's own settings under those asked for. A model that would always give the same answer is drawn from."""
+    if not config.get("do_sample") and asked["temperature"] is None:
+        asked = {**asked, "temperature": TEMPERATURE}
+    return Sampling.under_model(config, asked, **others)
+
+
+def _manner(talks: list[Talk]) -> str:
+    """How answers come about, in one sentence."""
+    manners = list(dict.fromkeys(_settings(talk.sampling) for talk in talks))
+    return f"Answers are drawn at {', and at '.join(manners)}."
+
+
+def _settings(sampling: Sampling) -> str:
+    if sampling.temperature == 0.0:
+        return "temperature 0 (always the likeliest token)"
+    parts = [
+        f"temperature {sampling.temperature:g}",
+        f"top-p {sampling.top_p:g}" if sampling.top_p < 1 else "",
+        f"top-k {sampling.top_k}" if sampling.top_k else "",
+        f"seed {sampling.seed}" if sampling.seed is not None else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _lines() -> Iterator[str]:
@@ -208,31 +227,15 @@ def _with_template(base: Opened, tuned: Opened) -> Opened:
 
 def _handle(talks: list[Talk], line: str) -> bool:
     """Do what one line asks for, in every talk; False ends the conversation."""
-    command, _, rest = line.partition(" ")
-    rest = rest.strip()
+    name, _, rest = line.partition(" ")
     if not line.startswith("/"):
         _ask(talks, line)
-    elif command == "/exit":
+    elif name == "/exit":
         return False
-    elif command == "/help":
-        console.print(HELP, markup=False)
-    elif command == "/reset":
-        for talk in talks:
-            talk.reset()
-        say("Started over.", style="dim")
-    elif command == "/system":
-        for talk in talks:
-            talk.reset(rest)
-        say("Started over with this system message." if rest else "Started over without one.", style="dim")
-    elif command == "/undo":
-        undone = [talk.undo() for talk in talks]
-        say("Took back the last question." if any(undone) else "There is nothing to take back.", style="dim")
-    elif command == "/retry":
-        _retry(talks)
-    elif command == "/save":
-        _save(talks[-1], rest)
+    elif name in COMMANDS:
+        COMMANDS[name].do(talks, rest.strip())
     else:
-        say(f"There is no {command}. /help shows what there is.", style="red")
+        say(f"There is no {name}. {did_you_mean(name, COMMANDS, '/help shows what there is.')}", style="red")
     return True
 
 
@@ -292,20 +295,100 @@ def _side_by_side(talks: list[Talk], text: str) -> None:
             stream.close()
 
 
-def _retry(talks: list[Talk]) -> None:
+def _system(talks: list[Talk], text: str) -> None:
+    for talk in talks:
+        talk.reset(text)
+    say("Started over with this system message." if text else "Started over without one.", style="dim")
+
+
+def _temperature(talks: list[Talk], text: str) -> None:
+    if text:
+        try:
+            temperature = float(text)
+        except ValueError as error:
+            raise ArgumentError(
+                f"{text!r} is not a number", where="/temperature", fix="Try 0.7; 0 is greedy."
+            ) from error
+        _set(talks, temperature=temperature)
+    say(_manner(talks), style="dim")
+
+
+def _seed(talks: list[Talk], text: str) -> None:
+    if text and not (text.isascii() and text.isdigit()):
+        raise ArgumentError(
+            f"{text!r} is not a whole number", where="/seed", fix="Try 1; without a number draws are free again."
+        )
+    _set(talks, seed=int(text) if text else None)
+    for talk in talks:
+        talk.answers = 0
+    say(_manner(talks), style="dim")
+
+
+def _set(talks: list[Talk], **settings: Any) -> None:
+    samplings = [replace(talk.sampling, **settings) for talk in talks]  # all are valid before one is taken
+    for talk, sampling in zip(talks, samplings):
+        talk.sampling = sampling
+
+
+def _undo(talks: list[Talk], _: str) -> None:
+    undone = [talk.undo() for talk in talks]
+    say("Took back the last question." if any(undone) else "There is nothing to take back.", style="dim")
+
+
+def _retry(talks: list[Talk], _: str) -> None:
     question = next((m["content"] for m in reversed(talks[-1].messages) if m["role"] == "user"), None)
     if question is None:
         say("There is nothing to answer again.", style="dim")
         return
+    if all(talk.sampling.temperature == 0.0 for talk in talks):
+        say("At temperature 0 the answer is the same again; /temperature 0.7 draws another.", style="dim")
     for talk in talks:
         talk.undo()
     _ask(talks, question)
 
 
-def _save(talk: Talk, name: str) -> None:
+def _reset(talks: list[Talk], _: str) -> None:
+    for talk in talks:
+        talk.reset()
+    say("Started over.", style="dim")
+
+
+def _save(talks: list[Talk], name: str) -> None:
     if not name:
-        say("Name a file: /save FILE", style="red")
-        return
+        raise ArgumentError("no file is named", where="/save", fix="Name a file: /save FILE")
     path = Path(os.path.expanduser(name))
-    talk.save(path)
+    talks[-1].save(path)
     say(f"Appended to {path}.", style="dim")
+
+
+def _help(talks: list[Talk], _: str) -> None:
+    for name, command in COMMANDS.items():
+        say(f"{f'{name} {command.takes}':<16}{command.help}")
+    say(f"{'/exit':<16}leave (Ctrl-D too); Ctrl-C stops an answer")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line of the chat that starts with a slash.
+
+    Attributes:
+        takes: What may stand behind its name, in capitals; "" for nothing.
+        help: What it does.
+        do: Does it, given the talks and what stood behind the name.
+    """
+
+    takes: str
+    help: str
+    do: Callable[[list[Talk], str], None]
+
+
+COMMANDS = {
+    "/system": Command("TEXT", "start over with this system message (without TEXT: with none)", _system),
+    "/temperature": Command("T", "draw at temperature T from now on; 0 takes the likeliest token", _temperature),
+    "/seed": Command("N", "make draws repeatable from here on (without N: no longer)", _seed),
+    "/undo": Command("", "take back the last question and its answer", _undo),
+    "/retry": Command("", "answer the last question again", _retry),
+    "/reset": Command("", "start over, keeping the system message", _reset),
+    "/save": Command("FILE", "append the conversation to FILE as a row to train on (of two, MODEL's)", _save),
+    "/help": Command("", "show this", _help),
+}

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from finetune.errors import DataError
-from finetune.infer.chat import Talk, chat
+from finetune.infer.chat import COMMANDS, Talk, chat
 from finetune.infer.open import open_model
 from finetune.infer.sampling import Sampling
 
@@ -64,6 +64,61 @@ def test_retry_with_a_seed_draws_again_but_repeatably(talk):
     assert talk("Hello", "/retry", temperature=1.5, seed=1).out == first
     answer, again = talk("Hello", temperature=1.5, seed=1).out, first
     assert again.startswith(answer.rstrip("\n")) and again != answer * 2
+
+
+def test_a_chat_draws_unless_it_is_told_otherwise(talk, opened, monkeypatch):
+    def settings(*lines: str, **flags) -> str:
+        return talk(*lines, "/temperature", **flags).err.splitlines()[-1]
+
+    assert settings() == "Answers are drawn at temperature 0.7."
+    assert settings(temperature=1.5, top_k=40) == "Answers are drawn at temperature 1.5, top-k 40."
+    assert settings(top_p=0.9) == "Answers are drawn at temperature 0.7, top-p 0.9."
+    assert settings(temperature=0) == "Answers are drawn at temperature 0 (always the likeliest token)."
+    monkeypatch.setitem(opened.generation_config, "do_sample", True)
+    for name, value in {"temperature": 0.2, "top_k": 20, "top_p": 0.8}.items():
+        monkeypatch.setitem(opened.generation_config, name, value)
+    assert settings() == "Answers are drawn at temperature 0.2, top-p 0.8, top-k 20."
+    assert settings(temperature=0.4) == "Answers are drawn at temperature 0.4, top-p 0.8, top-k 20."
+
+
+def test_temperature_and_seed_are_set_in_the_chat(talk):
+    likeliest = talk("Hello", temperature=0).out
+    assert talk("/temperature 0", "Hello").out == likeliest
+    assert (
+        talk("/temperature 0", "/temperature 1.5", "/seed 1", "Hello").out == talk("Hello", temperature=1.5, seed=1).out
+    )
+    # A seed holds from where it is set, whatever was said before.
+    said = talk("/temperature 1.5", "/seed 1", "Hello", "/reset", "/seed 1", "Hello").out
+    assert said == talk("Hello", temperature=1.5, seed=1).out * 2
+    assert "seed" not in talk("/seed 4", "/seed", "/temperature").err.splitlines()[-1]
+
+
+def test_retry_is_another_answer(talk):
+    once = talk("/seed 3", "Hello").out
+    twice = talk("/seed 3", "Hello", "/retry").out
+    assert twice.startswith(once) and twice != once * 2
+    said = talk("/temperature 0", "Hello", "/retry")
+    assert "the same again" in said.err and said.out == talk("Hello", temperature=0).out * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/temperature hot", "/temperature: 'hot' is not a number"),
+        ("/temperature -1", "temperature is -1"),
+        ("/seed 1.5", "/seed: '1.5' is not a whole number"),
+        ("/temprature 1", "There is no /temprature. Did you mean /temperature?"),
+    ],
+)
+def test_a_slip_is_said_and_changes_nothing(talk, line, words):
+    said = talk(line, "/temperature").err
+    assert words in said and said.endswith("Answers are drawn at temperature 0.7.\n")
+
+
+def test_help_lists_every_command(talk):
+    said = talk("/help").err
+    listed = [line.split()[0] for line in said.splitlines()]
+    assert listed == [*COMMANDS, "/exit"] and all(len(line) <= 79 for line in said.splitlines())
 
 
 def test_what_cannot_be_done_is_said(talk):
@@ -127,13 +182,13 @@ def compare(opened, base, monkeypatch, capsys):
 
 def test_compare_shows_both_answers_under_their_names(compare, talk, tmp_path):
     path = tmp_path / "t.jsonl"
-    out = compare("Hello", "/undo", "Hi", "/retry", f"/save {path}").out
+    out = compare("Hello", "/undo", "Hi", "/retry", f"/save {path}", temperature=0).out
     assert out.count("[base]\n") == out.count("[tuned]\n") == 3
     assert out.index("[base]") < out.index("[tuned]")
     messages = json.loads(path.read_text())["messages"]
     assert [message["content"] for message in messages if message["role"] == "user"] == ["Hi"]
     assert out.endswith(f"[tuned]\n{messages[-1]['content']}\n")
-    assert talk("Hi").out == f"{messages[-1]['content']}\n"
+    assert talk("Hi", temperature=0).out == f"{messages[-1]['content']}\n"
 
 
 def test_compare_keeps_the_talks_together_when_one_cannot_answer(compare, base, opened, monkeypatch, tmp_path):

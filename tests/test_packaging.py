@@ -17,6 +17,11 @@ from packaging.utils import canonicalize_name
 
 from finetune import doctor
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # Requirements of paddlenlp that its import does not need, left out where it is installed past its pin of numpy.
@@ -24,9 +29,12 @@ UNNEEDED = ("onnx", "paddle2onnx", "fast_dataindex", "paddlefsl", "blobfile", "c
 
 
 def requirements() -> list[Requirement]:
-    """Those of the package with the extras that `make` installs."""
-    found = [Requirement(text) for text in metadata.requires("paddle-finetune") or ()]
-    return [each for each in found if canonicalize_name(each.name) != "paddle-finetune"]
+    """Those of the package and of the extras that `make` installs, each with the marker of its extra."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    found = [Requirement(text) for text in project["dependencies"]]
+    for extra, texts in project["optional-dependencies"].items():
+        found += [Requirement(f'{text}; extra == "{extra}"') for text in texts]
+    return [each for each in found if each.name != project["name"]]
 
 
 def applies(requirement: Requirement, python: str, extra: str = "") -> bool:

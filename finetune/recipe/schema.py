@@ -149,6 +149,7 @@ class TrainingSection(Section):
         warmup_steps: Steps of linear warm-up, the first of them at rate 0.
         warmup_ratio: Instead of `warmup_steps`: share of all steps, rounded up.
         weight_decay: AdamW's; not on biases and norm weights.
+        optim: `adamw_8bit` keeps AdamW's moments in 8 bits (arXiv:2110.02861): 2 bytes a trained number instead of 8.
         adam_beta1: AdamW's.
         adam_beta2: AdamW's.
         adam_epsilon: AdamW's.
@@ -179,6 +180,7 @@ class TrainingSection(Section):
     warmup_steps: Annotated[int, Field(ge=0, le=2**31, json_schema_extra=unit("optimizer steps"))] = 0
     warmup_ratio: Annotated[float, Field(ge=0, le=1, json_schema_extra=unit("share of all steps"))] = 0.0
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    optim: Literal["adamw", "adamw_8bit"] = "adamw"
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8

@@ -80,7 +80,7 @@ def estimate(
         trainable=trainable,
         weights=_weight_bytes(config, size, quantization_of(recipe)) + adapter * size,
         gradients=trainable * size,
-        optimizer=max(-(-trainable // shards), largest) * (8 if size == 4 else 12),
+        optimizer=int(max(-(-trainable // shards), largest) * _state_bytes(recipe.training.optim, size)),
         activations=kept + 4 * min(CHUNK_ELEMENTS, tokens_per_micro_batch * config.vocab_size),
     )
 
@@ -94,3 +94,9 @@ def _weight_bytes(config: Architecture, size: int, quantization: Quantization | 
     # One matrix at a time is made whole.
     largest = max(linear.inputs * linear.outputs for linear in linears)
     return kept + (config.parameters - sum(linear.inputs * linear.outputs for linear in linears) + largest) * size
+
+
+def _state_bytes(optim: str, size: int) -> float:
+    """Bytes that the optimizer keeps of a trained number: two moments, and a float32 master of half precision."""
+    moments = 2 * (1 + 4 / 256) if optim == "adamw_8bit" else 8
+    return moments if size == 4 else moments + 4

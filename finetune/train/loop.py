@@ -24,7 +24,7 @@ from finetune.console import progress
 from finetune.errors import TrainingError
 from finetune.model.runtime import paddle as _bring_up
 from finetune.rows.plan import Plan, Step
-from finetune.train.optimizer import NamedAdamW
+from finetune.train.optimizer import Optimizer
 from finetune.train.processes.parallel import World
 from finetune.train.task import Batch, Evaluation, Task
 
@@ -79,7 +79,7 @@ def train_loop(
     task: Task[Batch],
     evaluation: Evaluation[Batch] | None,
     plan: Plan,
-    optimizer: NamedAdamW,
+    optimizer: Optimizer,
     learning_rate: Callable[[int], float],
     training: TrainingSection,
     world: World,
@@ -166,7 +166,7 @@ def _out_of_patience(state: RunState, training: TrainingSection) -> bool:
 def _step(
     task: Task[Batch],
     step: Step,
-    optimizer: NamedAdamW,
+    optimizer: Optimizer,
     learning_rate: Callable[[int], float],
     training: TrainingSection,
     world: World,

@@ -1,4 +1,4 @@
-"""AdamW over named parameters, with a state that outlives the process."""
+"""One optimizer step: gradients clipped by their joint norm and applied, and a state that outlives the process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from finetune.compute import cpu
 from finetune.errors import CheckpointError
 from finetune.model.runtime import paddle as _bring_up
+from finetune.train.adamw import Moments, PaddleAdamW
+from finetune.train.adamw8bit import AdamW8bit
 
 _bring_up()
 import paddle
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
     from finetune.recipe.schema import TrainingSection
     from finetune.train.processes.sharding import Shards
 
-_SLOTS = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
-_MASTER = "master"
+# By training.optim
+RULES: dict[str, type[Moments]] = {"adamw": PaddleAdamW, "adamw_8bit": AdamW8bit}
 
 
 def trainable_parameters(model) -> dict[str, paddle.Tensor]:
@@ -33,40 +35,21 @@ def trainable_parameters(model) -> dict[str, paddle.Tensor]:
     return found
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies: not to biases and norm weights, as in transformers' Trainer."""
-    return not (name.endswith("bias") or "norm" in name.rsplit(".", 2)[-2])
-
-
-class NamedAdamW:
-    """Paddle's AdamW (Loshchilov and Hutter, arXiv:1711.05101), driven by an explicit learning rate each step.
-
-    Paddle keys its state by generated names ("linear_3.w_0_moment1_0"), which differ from process to process as soon as
-    anything else was built first; here it is keyed by the parameter's name in the model.
-    """
+class Optimizer:
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) over named parameters, each step with a rate of its own."""
 
     def __init__(self, parameters: dict[str, paddle.Tensor], training: TrainingSection, shards: Shards | None = None):
         """Start with zero moments.
 
         Args:
             parameters: What is trained, by name.
-            training: Betas, epsilon and weight decay.
+            training: Which rule, betas, epsilon and weight decay.
             shards: Which process steps which of them; None: this one all.
         """
         self.parameters = parameters
         self.shards = shards
-        self._own = {name: p for name, p in parameters.items() if shards is None or shards.is_own(name)}
-        decayed = {p.name for name, p in parameters.items() if decays(name)}
-        self._inner = paddle.optimizer.AdamW(
-            learning_rate=training.learning_rate,
-            beta1=training.adam_beta1,
-            beta2=training.adam_beta2,
-            epsilon=training.adam_epsilon,
-            parameters=list(self._own.values()),
-            weight_decay=training.weight_decay,
-            apply_decay_param_fun=decayed.__contains__,
-            multi_precision=any(p.dtype != paddle.float32 for p in parameters.values()),
-        )
+        own = {name: p for name, p in parameters.items() if shards is None or shards.is_own(name)}
+        self._moments: Moments = RULES[training.optim](own, training)
 
     def step(self, learning_rate: float, max_norm: float) -> float:
         """Clip the gradients held by the parameters, apply them, and drop them. With shards, all processes call it.
@@ -90,10 +73,7 @@ class NamedAdamW:
         if math.isfinite(norm):
             if 0 < max_norm < norm + 1e-6:
                 _scale_gradients(self.parameters, max_norm / (norm + 1e-6))
-            self._inner.set_lr(learning_rate)
-            # The state is made, and named, in the first step; a counter of the process would be part of the names.
-            with paddle.utils.unique_name.guard():
-                self._inner.step()
+            self._moments.step(learning_rate)
             if self.shards is not None:
                 with paddle.no_grad():
                     for name, parameter in self.parameters.items():
@@ -103,25 +83,21 @@ class NamedAdamW:
         return norm
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything but the parameters: "<parameter name>/<slot>" -> float32 array.
+        """Everything but the parameters: "<parameter name>/<slot>" -> array.
 
         With shards, all processes call it, and rank 0 gets it; the others get nothing.
         """
         if self.shards is not None and not self.shards.holds_checkpoint:
             return {}
-        inner = self._inner.state_dict()
-        masters = inner.get("master_weights", {})
+        held = self._moments.read()
         out: dict[str, np.ndarray] = {}
         for name, parameter in self.parameters.items():
-            for slot, shape in _slot_shapes(parameter).items():
-                array = None
-                if name in self._own:
-                    held = masters[parameter.name] if slot == _MASTER else inner[_state_key(parameter, slot)]
-                    array = held.numpy()
+            for key, slot in self._moments.slots(parameter).items():
+                array = held[name][key] if name in held else None
                 if self.shards is not None:
-                    array = self.shards.collect(name, array, shape)
+                    array = self.shards.collect(name, array, slot.shape, slot.dtype)
                 if array is not None:
-                    out[f"{name}/{slot}"] = array
+                    out[f"{name}/{key}"] = array
         return out
 
     def load(self, state: dict[str, np.ndarray]) -> None:
@@ -137,37 +113,12 @@ class NamedAdamW:
                 f"the optimizer state is of other parameters: {len(odd)} names differ, the first is {odd[0]!r}",
                 fix="Resume with the recipe that wrote it, or start again with training.resume_from_checkpoint=never.",
             )
-        inner: dict = {}
-        masters: dict = {}
+        parts: dict[str, dict[str, np.ndarray]] = {}
         for key, value in state.items():
             name, slot = key.rsplit("/", 1)
-            if name not in self._own:
-                continue
-            parameter = self.parameters[name]
-            if slot == _MASTER:
-                masters[parameter.name] = paddle.to_tensor(value)
-                masters[parameter.name].name = _state_prefix(parameter)  # Paddle looks the moments up under it
-            else:
-                inner[_state_key(parameter, slot)] = paddle.to_tensor(value)
-        if masters:
-            inner["master_weights"] = masters
-        self._inner.set_state_dict(inner)
-
-
-def _slot_shapes(parameter: paddle.Tensor) -> dict[str, list[int]]:
-    """Shape of each slot of a parameter's state, float32 all."""
-    shapes = {slot: parameter.shape if slot.startswith("moment") else [1] for slot in _SLOTS}
-    return shapes if parameter.dtype == paddle.float32 else shapes | {_MASTER: parameter.shape}
-
-
-def _state_key(parameter: paddle.Tensor, slot: str) -> str:
-    """Paddle's name of a parameter's state."""
-    return f"{_state_prefix(parameter)}_{slot}_0"
-
-
-def _state_prefix(parameter: paddle.Tensor) -> str:
-    """Paddle's name of what is stepped: the parameter, or its float32 master where it is of half precision."""
-    return parameter.name if parameter.dtype == paddle.float32 else f"{parameter.name}_fp32_master_0"
+            if self.shards is None or self.shards.is_own(name):
+                parts.setdefault(name, {})[slot] = value
+        self._moments.write(parts)
 
 
 def gradient_norm(parameters: dict[str, paddle.Tensor]) -> float:

@@ -25,7 +25,7 @@ from finetune.rows.stream import Position
 from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
 from finetune.train.estimate import quantization_of
 from finetune.train.loop import Interval, RunState, train_loop
-from finetune.train.optimizer import NamedAdamW, trainable_parameters
+from finetune.train.optimizer import Optimizer, trainable_parameters
 from finetune.train.prepare import Prepared
 from finetune.train.processes.parallel import World
 from finetune.train.processes.sharding import Shards
@@ -53,7 +53,7 @@ class Session:
         shards = None
         if prepared.sharding_degree > 1:
             shards = Shards(world, prepared.sharding_degree, {name: int(p.size) for name, p in parameters.items()})
-        self.optimizer = NamedAdamW(parameters, prepared.recipe.training, shards)
+        self.optimizer = Optimizer(parameters, prepared.recipe.training, shards)
         self.state = RunState()
         make_tasks: TaskMaker = import_module(METHODS[prepared.recipe.method].tasks).make_tasks
         ready = Ready(prepared, self.model, self.dtype, world, resumed=start.checkpoint is not None)

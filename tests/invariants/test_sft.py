@@ -87,3 +87,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(tmp_path, tiny_folder, overrides)
     train(recipe, killed, *overrides)
     assert final_digest(killed) == final_digest(undisturbed)
     assert losses_and_norms(killed) == losses_and_norms(undisturbed)
+
+
+def test_eight_bit_moments_resume_and_shard_to_the_same_bits(tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, optim="adamw_8bit", lr_scheduler_type="constant")
+    whole = train(recipe, tmp_path / "whole")
+    stopped = train(recipe, tmp_path / "stopped", "training.max_steps=2")
+    assert final_digest(train(recipe, stopped)) == final_digest(whole)
+    two = "training.per_device_train_batch_size=2", "--nproc", "2"
+    apart = train(recipe, tmp_path / "apart", *two)
+    assert final_digest(train(recipe, tmp_path / "split", *two, "distributed.sharding=stage1")) == final_digest(apart)

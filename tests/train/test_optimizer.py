@@ -14,7 +14,7 @@ SETTINGS = TrainingSection(weight_decay=0.1, adam_beta2=0.95, learning_rate=0.5)
 
 def build(seed: int = 0):
     paddle = bring_up()
-    from finetune.train.optimizer import NamedAdamW
+    from finetune.train.optimizer import Optimizer
 
     draw = np.random.default_rng(seed)
     names = {"model.q_proj.weight": (3, 2), "model.q_proj.bias": (2,), "model.input_layernorm.weight": (3,)}
@@ -23,7 +23,7 @@ def build(seed: int = 0):
         tensor = paddle.create_parameter(list(shape), "float32")
         tensor.set_value(draw.standard_normal(shape).astype("float32"))
         parameters[name] = tensor
-    return NamedAdamW(parameters, SETTINGS)
+    return Optimizer(parameters, SETTINGS)
 
 
 def run(optimizer, steps: range) -> None:
@@ -122,10 +122,10 @@ def test_a_parameter_without_gradient_is_an_error():
 
 def test_restored_state_of_half_precision_is_found_under_its_masters_names():
     paddle = bring_up()
-    from finetune.train.optimizer import NamedAdamW
+    from finetune.train.optimizer import Optimizer
 
     weight = paddle.create_parameter([2, 2], "bfloat16", default_initializer=paddle.nn.initializer.Constant(1.0))
-    optimizer = NamedAdamW({"a.w": weight}, TrainingSection(num_train_epochs=1.0))
+    optimizer = Optimizer({"a.w": weight}, TrainingSection(num_train_epochs=1.0))
     zero, power = np.zeros((2, 2), np.float32), np.full(1, 0.5, np.float32)
     moments = {f"a.w/{name}": value for name, value in (("moment1", zero), ("moment2", zero))}
     optimizer.load(moments | {"a.w/beta1_pow_acc": power, "a.w/beta2_pow_acc": power, "a.w/master": zero + 1})

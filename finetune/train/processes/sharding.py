@@ -73,13 +73,15 @@ class Shards:
 
         paddle.distributed.broadcast(tensor, src=self._first + self._owners[name], group=self._group)
 
-    def collect(self, name: str, array: np.ndarray | None, shape: list[int]) -> np.ndarray | None:
+    def collect(
+        self, name: str, array: np.ndarray | None, shape: tuple[int, ...], dtype: str = "float32"
+    ) -> np.ndarray | None:
         """Bring a piece of state to rank 0; all of its group call it.
 
         Args:
             name: The tensor that it belongs to.
-            array: float32, of this shape; None on processes that do not keep it.
-            shape: Its shape.
+            array: Of this shape and dtype; None on processes that do not keep it.
+            shape, dtype: Of the array.
 
         Returns:
             The array on rank 0, None elsewhere.
@@ -87,7 +89,7 @@ class Shards:
         import paddle
 
         # By way of the device, from where alone NCCL sends: Paddle keeps some of the state in the CPU's memory.
-        tensor = paddle.empty(shape, "float32") if array is None else paddle.to_tensor(array)
+        tensor = paddle.empty(shape, dtype) if array is None else paddle.to_tensor(array)
         self.send(name, tensor)
         return tensor.numpy() if self.world.is_main else None
 

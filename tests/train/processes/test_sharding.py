@@ -33,12 +33,12 @@ def tensors(seed: int) -> dict:
 
 
 def stepped(training, shards=None) -> dict[str, np.ndarray]:
-    from finetune.train.optimizer import NamedAdamW
+    from finetune.train.optimizer import Optimizer
 
     parameters = tensors(0)
     for parameter in parameters.values():
         parameter.stop_gradient = False
-    optimizer = NamedAdamW(parameters, training, shards)
+    optimizer = Optimizer(parameters, training, shards)
     for seed in (1, 2):
         for name, gradient in tensors(seed).items():
             parameters[name].grad = gradient

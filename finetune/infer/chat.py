@@ -389,6 +389,6 @@ COMMANDS = {
     "/undo": Command("", "take back the last question and its answer", _undo),
     "/retry": Command("", "answer the last question again", _retry),
     "/reset": Command("", "start over, keeping the system message", _reset),
-    "/save": Command("FILE", "append the conversation to FILE as a row to train on (of two, MODEL's)", _save),
+    "/save": Command("FILE", "add the conversation to FILE as a row to train on (MODEL's)", _save),
     "/help": Command("", "show this", _help),
 }

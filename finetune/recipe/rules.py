@@ -126,8 +126,48 @@ def _data_rules(recipe: Recipe) -> Iterator[Clash]:
             "data.eval and data.eval_fraction are both set",
             "Keep one: rows of their own, or a share of the training rows.",
         )
+    yield from _columns_rules(recipe)
+    yield from _weight_rules(recipe)
     if recipe.data.streaming:
         yield from _streaming_rules(recipe)
+
+
+def _columns_rules(recipe: Recipe) -> Iterator[Clash]:
+    for name in ("train", "eval"):
+        for index, source in enumerate(getattr(recipe.data, name)):
+            forms = list(FORMS.values()) if source.format == "auto" else [FORMS[source.format]]
+            known = list(dict.fromkeys(key for form in forms for key in form.keys))
+            for key in source.columns:
+                if key not in known:
+                    yield Clash(
+                        (f"data.{name}.{index}.columns", f"data.{name}.{index}.format"),
+                        f"data.{name}[{index}].columns has {key}, which rows of format {source.format} do not have",
+                        did_you_mean(key, known, f"The keys are {', '.join(known)}."),
+                    )
+            if source.columns and not any(set(source.columns) <= set(form.keys) for form in forms):
+                yield Clash(
+                    (f"data.{name}.{index}.columns", f"data.{name}.{index}.format"),
+                    f"data.{name}[{index}].columns has keys that no form has together",
+                    "Forms are " + "; ".join(f"{form.name}: {', '.join(form.keys)}" for form in forms) + ".",
+                )
+
+
+def _weight_rules(recipe: Recipe) -> Iterator[Clash]:
+    weights = [source.weight for source in recipe.data.train]
+    if any(weights) and not all(weights):
+        index = weights.index(None)
+        yield Clash(
+            (f"data.train.{index}.weight",),
+            f"data.train[{index}].weight is not set, but that of another source is",
+            "Give each source of data.train a weight, or none of them.",
+        )
+    for index, source in enumerate(recipe.data.eval):
+        if source.weight is not None:
+            yield Clash(
+                (f"data.eval.{index}.weight",),
+                f"data.eval[{index}].weight is set, but evaluation goes through all rows once",
+                "Remove it, or take fewer rows with samples.",
+            )
 
 
 def _streaming_rules(recipe: Recipe) -> Iterator[Clash]:

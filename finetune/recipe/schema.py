@@ -20,6 +20,7 @@ from finetune.rows.formats import FORMS
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
+COLUMNS = "a mapping of a form's keys to the file's columns, such as {instruction: question, output: answer}"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 if TYPE_CHECKING:  # a type checker takes no names that are computed
     MethodName = str
@@ -97,14 +98,19 @@ class Source(Section):
             the recipe's.
         format: The rows' form; `auto` goes by the keys of the first row, and a row of another form is then an
             error.
+        columns: What the file calls the keys of the rows' form, for example {instruction: question, output: answer}.
         split: Of a hub dataset, or of a folder, by the names of its files. A file has no splits.
-        samples: Take only the first so many rows: how sources are mixed in proportion.
+        samples: Take only the first so many rows.
+        weight: Share of this source's rows in the mix, beside the weights of the others, of which then each must have
+            one. An epoch ends when each source was gone through; smaller ones are repeated meanwhile.
     """
 
     path: Text
     format: RowForm = "auto"
+    columns: Annotated[dict[Text, Text], Field(max_length=32, json_schema_extra={"takes": COLUMNS})] = {}
     split: Text = "train"
     samples: Annotated[Count | None, Field(json_schema_extra=unit("rows"))] = None
+    weight: Annotated[float, Field(gt=0, le=1e9, json_schema_extra=unit("share of the rows"))] | None = None
 
 
 class DataSection(Section):

@@ -14,8 +14,8 @@ from finetune.rows.datafiles import DataFile
 from finetune.rows.jsonfile import without_mark
 
 # csv knows only text; these columns hold lists or objects as JSON, and those of answers a text or messages.
-_JSON_COLUMNS = ("messages", "conversations", "tools", "history")
-_ANSWER_COLUMNS = ("prompt", "chosen", "rejected")
+_JSON_COLUMNS = ("messages", "conversations", "rejected_messages", "tools", "history")
+_ANSWER_COLUMNS = ("prompt", "completion", "chosen", "rejected", "rejected_response")
 
 
 def read_csv(file: DataFile, size: int) -> Iterator[Block]:
@@ -68,9 +68,13 @@ def csv_row(row: list[str], columns: list[str], name: str) -> dict[str, Any] | F
         return Fault(
             f"{len(row)} fields where the header has {len(columns)}", name, "Quote fields that contain commas."
         )
+    return dict(zip(columns, row))
+
+
+def decoded(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of texts with what its cells hold as JSON, where the key wants more than a text."""
     # A cell cannot be left out as a key can: where it would hold a list or an object, an empty one is none.
-    cells = [(key, value) for key, value in zip(columns, row) if value or key not in _JSON_COLUMNS]
-    return {key: _csv_value(key, value) for key, value in cells}
+    return {key: _csv_value(key, value) for key, value in row.items() if value or key not in _JSON_COLUMNS}
 
 
 def _csv_value(column: str, text: str) -> Any:

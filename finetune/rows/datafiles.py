@@ -7,7 +7,8 @@ import gzip
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -32,12 +33,37 @@ _PACKED = 4
 
 
 class Source(Protocol):
-    """Where rows come from; `finetune.recipe.schema.Source` is one."""
+    """Where rows come from; `finetune.recipe.schema.Source` is one, and says what the keys mean."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def format(self) -> str: ...
+    @property
+    def columns(self) -> Mapping[str, str]: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def samples(self) -> int | None: ...
+    @property
+    def weight(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class PlainSource:
+    """A source for another process, which need not know recipes."""
 
     path: str
     format: str
+    columns: Mapping[str, str]
     split: str
     samples: int | None
+    weight: float | None
+
+    @classmethod
+    def of(cls, source: Source) -> PlainSource:
+        """The same source."""
+        return cls(**{field.name: getattr(source, field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)

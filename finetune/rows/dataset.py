@@ -22,17 +22,11 @@ from finetune import console
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError
 from finetune.rows import cache
-from finetune.rows.datafiles import DataFile, Source, find_files
+from finetune.rows.datafiles import Source
 from finetune.rows.encode import COUNTS, MAX_NAMED, DataSettings, Encoder, Faults, Named, Result, Settings, Task
-from finetune.rows.sources import read_blocks
+from finetune.rows.inputs import LARGE_BYTES, Inputs, files_of
 from finetune.rows.table import Dataset, PairDataset, Part, Table, dataset_of
 from finetune.rows.workers import encode_all, worker_count
-
-LARGE_BYTES = 8 * 2**20
-"""Bytes of data files (`input_size`) from which on the work goes to other processes.
-
-Starting those takes about a second, in which this process tokenizes some 2 MB.
-"""
 
 # Room that an entry takes, over the bytes of its files: 4 bytes a token, about as many characters.
 _ROOM = 1.5
@@ -153,7 +147,7 @@ def build_dataset(
     """
     settings, progress = Settings.of(data, method), progress or (lambda rows, total: None)
     # By what the list is: equal sources may stand in both.
-    inputs = _Inputs(sources, base, "data.eval" if sources is getattr(data, "eval", None) else "data.train")
+    inputs = Inputs(sources, base, "data.eval" if sources is getattr(data, "eval", None) else "data.train")
     if limit is None and inputs.size >= LARGE_BYTES:
         return _Large(inputs, tokenizer, settings, progress).build()
     merged, encoder = _Merger(inputs, settings), Encoder(tokenizer, settings)
@@ -177,63 +171,10 @@ def build_dataset(
     return dataset, merged.report(dataset)
 
 
-class _Inputs:
-    """The files of all sources, found once.
-
-    Attributes:
-        files: In the order read, over all sources.
-        size: Bytes of all, see `input_size`.
-
-    Args:
-        section: The recipe key of the sources, for messages.
-    """
-
-    def __init__(self, sources: Sequence[Source], base: Path | None, section: str):
-        self.sources = sources
-        self.found: list[list[DataFile] | DataError] = []
-        for number, source in enumerate(sources):
-            try:
-                self.found.append(find_files(source, base, f"{section}[{number}].path"))
-            except DataError as error:  # the other sources are still checked
-                self.found.append(error)
-        self.files = [file for found in self.found if isinstance(found, list) for file in found]
-        self.names = [file.name for file in self.files]
-        self.size = sum(map(input_size, self.files))
-
-    def tasks(self) -> Iterator[Task | DataError]:
-        """All blocks in order; in their places, errors of files that cannot be found or read."""
-        first = 0
-        for number, (source, found) in enumerate(zip(self.sources, self.found)):
-            if isinstance(found, DataError):
-                yield found
-                continue
-            try:
-                yield from self._of_source(number, source, first)
-            except DataError as error:
-                yield error
-            first += len(found)
-
-    def _of_source(self, number: int, source: Source, first: int) -> Iterator[Task]:
-        left = source.samples
-        for index, file in enumerate(self.found[number], first):
-            for block in read_blocks(file):
-                yield Task(block, number, index, file.name, source.format, limit=left)
-                left = None if left is None else left - min(left, block.count)
-                if left == 0:
-                    return
-
-
-def input_size(file: DataFile) -> int:
-    """Bytes of text in a file, guessed where it is compressed."""
-    if file.path is None:
-        return LARGE_BYTES  # not known before it is loaded
-    return file.text_bytes()
-
-
 class _Merger:
     """Takes results in the order of the rows, and keeps count."""
 
-    def __init__(self, inputs: _Inputs, settings: Settings):
+    def __init__(self, inputs: Inputs, settings: Settings):
         self.inputs, self.settings = inputs, settings
         self.forms: dict[int, str] = {}
         self.rows: dict[int, int] = {}
@@ -328,7 +269,7 @@ class _Merger:
 class _Large:
     """Data that is done in several processes and kept in a file."""
 
-    def __init__(self, inputs: _Inputs, tokenizer: Tokenizer, settings: Settings, progress: Progress):
+    def __init__(self, inputs: Inputs, tokenizer: Tokenizer, settings: Settings, progress: Progress):
         self.inputs, self.tokenizer, self.settings, self.progress = inputs, tokenizer, settings, progress
         self.states = [file.state() for file in inputs.files]
         self.hashes = [file.sha256() for file in inputs.files]
@@ -363,7 +304,7 @@ class _Large:
         del content["where"]
         files = iter(self.hashes)
         sources = [
-            [source.format, source.samples, [next(files) for _ in found]]
+            [source.format, source.samples, sorted(source.columns.items()), [next(files) for _ in files_of(found)]]
             for source, found in zip(self.inputs.sources, self.inputs.found)
         ]
         # A template that asks for the date renders other texts tomorrow.

@@ -22,12 +22,13 @@ from finetune.chat.render import (
     render_preference,
 )
 from finetune.chat.tokenizer import Tokenizer
-from finetune.errors import DataError, Fault
+from finetune.errors import DataError, Fault, did_you_mean
 from finetune.methods import CONVERSATION, METHODS, PREFERENCE, RowKind, methods_on
 from finetune.rows.block import Block
 from finetune.rows.formats import Parsed, detect_format, parse_row
 from finetune.rows.sources import rows_of
 from finetune.rows.table import Part
+from finetune.rows.turns import keys_of
 
 MAX_FAULTS = 10
 MAX_NAMED = 5
@@ -76,6 +77,7 @@ class Task:
         source, file: Numbers of the source and of the file in the order in which they are read.
         name: The file's name.
         format: As the source says: `auto` or a form.
+        columns: The form's keys that the source's columns stand for, key: column.
         form: The form of the rows before, `auto` where it is not known.
         limit: Take so many rows of the block, the first ones; None takes all.
         keep: Stop once so many rows are kept.
@@ -88,6 +90,7 @@ class Task:
     file: int
     name: str
     format: str
+    columns: dict[str, str] = field(default_factory=dict)
     form: str = "auto"
     limit: int | None = None
     keep: int | None = None
@@ -176,7 +179,7 @@ class _Run:
         batch: list[tuple[int, Any]] = []
         size = _BATCH if task.keep is None else min(task.keep, _BATCH)
         first, step = task.share
-        for index, (number, row) in enumerate(rows_of(task.block, task.name)):
+        for index, (number, row) in enumerate(rows_of(task.block, task.name, task.columns)):
             if index == task.limit or (task.keep is not None and len(self.rows) >= task.keep):
                 break
             if index % step != first:
@@ -205,8 +208,11 @@ class _Run:
         if isinstance(row, Fault):
             raise DataError.of([row])
         name = self._name(number)
-        self.result.form = form = self._form(row, name)
-        parsed = parse_row(row, form, name)
+        try:
+            self.result.form = form = self._form(row, name)
+            parsed = parse_row(row, form, name)
+        except DataError as error:
+            raise self._lacking_column(row, name) or error from None
         self._check_kind(parsed)
         if isinstance(parsed, PlainText):
             return render_plain(self.tokenizer, parsed, self.settings.train_on)
@@ -216,7 +222,7 @@ class _Run:
         """The first row of an `auto` source decides; a row of another form is a fault, not a guess."""
         if self.task.format != "auto":
             return self.task.format
-        found, form = detect_format(row, name), self.result.form
+        found, form = detect_format(row, name, self.task.columns), self.result.form
         if form not in ("auto", found):
             raise DataError(
                 f"a row of form {found}, but the rows before it are {form}",
@@ -224,6 +230,15 @@ class _Run:
                 fix="Give files of different forms as separate sources.",
             )
         return found
+
+    def _lacking_column(self, row: dict[str, Any], name: str) -> DataError | None:
+        """What is wrong with a row where a column is missing that the source's `columns` names, and is needed."""
+        for key, column in self.task.columns.items():
+            if key not in row:
+                what = f"there is no column {column}, which `columns` takes for {key}; the row has {keys_of(row)}"
+                names = [str(other) for other in row]
+                return DataError(what, where=name, fix=did_you_mean(column, names, "Correct columns in the recipe."))
+        return None
 
     def _check_kind(self, parsed: Parsed) -> None:
         kind = PREFERENCE if isinstance(parsed, Preference) else CONVERSATION

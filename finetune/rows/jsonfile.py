@@ -26,8 +26,28 @@ class _Stream(Protocol):
 
 
 def read_jsonl(file: DataFile, size: int) -> Iterator[Block]:
+    """Lines of JSON; or a JSON array, which some tools call jsonl too."""
     with file.open() as stream:
-        yield from _line_blocks(stream, file, size)
+        head = _head(stream, size, size)
+        whole = _without_space(head, file)
+        rest = _Rest(head, stream)
+        # Of lines that are arrays themselves, each is a row that is none.
+        if whole[:1] == b"[" and whole[1:].lstrip()[:1] in (b"{", b""):
+            yield from _JsonArray(rest, file, size).blocks()
+        else:
+            yield from _line_blocks(rest, file, size)
+
+
+def _head(stream: _Stream, first: int, size: int) -> bytes:
+    """The beginning of a file, with more than space in it: `first` bytes, and more by `size`."""
+    head = stream.read(first)
+    while head and not head.removeprefix(b"\xef\xbb\xbf").strip() and (more := stream.read(size)):
+        head += more
+    return head
+
+
+def _without_space(head: bytes, file: DataFile) -> bytes:
+    return without_mark(head, file).lstrip()
 
 
 def _line_blocks(stream: _Stream, file: DataFile, size: int) -> Iterator[Block]:
@@ -53,15 +73,14 @@ def _lines(content: bytes, number: int, file: DataFile) -> Block:
 
 
 def read_json(file: DataFile, size: int) -> Iterator[Block]:
+    """A JSON array, an object that holds one, or lines."""
     with file.open() as stream:
-        head = stream.read(min(size, 1 << 16))
-        while head and not head.removeprefix(b"\xef\xbb\xbf").strip() and (more := stream.read(size)):
-            head += more
-        if without_mark(head, file).lstrip()[:1] == b"[":
+        head = _head(stream, min(size, 1 << 16), size)
+        if _without_space(head, file)[:1] == b"[":
             yield from _JsonArray(_Rest(head, stream), file, size).blocks()
             return
         # Many files of lines are called .json: the first line is an object of its own, and another follows.
-        line, newline, rest = without_mark(head, file).lstrip().partition(b"\n")
+        line, newline, rest = _without_space(head, file).partition(b"\n")
         if newline and rest.strip() and line.startswith(b"{") and isinstance(_parse(line, file.name), dict):
             yield from _line_blocks(_Rest(head, stream), file, size)
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from finetune.errors import DataError, Fault
@@ -18,7 +18,7 @@ from finetune.model.hubs.fetch import HUBS
 from finetune.model.hubs.hub import Repo
 from finetune.rows.arrowfile import arrow_rows, read_arrow, read_parquet, without_nulls
 from finetune.rows.block import BLOCK_BYTES, BLOCK_ROWS, Block
-from finetune.rows.csvfile import csv_row, read_csv
+from finetune.rows.csvfile import csv_row, decoded, read_csv
 from finetune.rows.datafiles import DataFile, check_suffix, unreadable
 from finetune.rows.jsonfile import not_an_object, parse_object, read_json, read_jsonl
 
@@ -45,8 +45,23 @@ def read_blocks(file: DataFile, size: int = BLOCK_BYTES) -> Iterator[Block]:
         raise DataError("the file has no rows", where=file.name, fix="Give at least one row.")
 
 
-def rows_of(block: Block, name: str) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
-    """The rows of a block with their numbers; one that cannot be read is a `Fault` that names `name:number`."""
+def rows_of(
+    block: Block, name: str, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
+    """The rows of a block with their numbers; one that cannot be read is a `Fault` that names `name:number`.
+
+    Args:
+        columns: What the keys of the rows' form are called in the file, key: column; other columns of a key's name are
+            left out.
+    """
+    for number, row in _parsed(block, name):
+        if columns and isinstance(row, dict):
+            others = {key: value for key, value in row.items() if key not in columns and key not in columns.values()}
+            row = {**{key: row[column] for key, column in columns.items() if column in row}, **others}
+        yield number, decoded(row) if block.kind == "csv" and isinstance(row, dict) else row
+
+
+def _parsed(block: Block, name: str) -> Iterator[tuple[int, dict[str, Any] | Fault]]:
     numbered = enumerate(_PARSERS[block.kind](block.content), block.first)
     if block.kind == "lines":
         yield from ((n, parse_object(line.rstrip(b"\r"), f"{name}:{n}")) for n, line in numbered if line.strip())

@@ -13,9 +13,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,11 +22,11 @@ import numpy as np
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, FinetuneError
 from finetune.rows.block import Block
-from finetune.rows.datafiles import DataFile, Source, find_files
-from finetune.rows.dataset import DataReport, FileReport, add_named, input_size, length_notes, named_notes
+from finetune.rows.datafiles import DataFile, PlainSource, Source
+from finetune.rows.dataset import DataReport, FileReport, add_named, length_notes, named_notes
 from finetune.rows.encode import Encoder, Named, Result, Settings, Task
+from finetune.rows.inputs import Inputs
 from finetune.rows.plan import Packs, Step, pack
-from finetune.rows.sources import read_blocks
 from finetune.rows.table import Dataset, PairDataset, Table, dataset_of
 from finetune.rows.workers import Worker, answer, connect
 
@@ -110,11 +109,12 @@ class _Maker:
 
     def __init__(self, tokenizer: Tokenizer, settings: StreamSettings, sources: Sequence[Source], base: Path | None):
         self.encoder = Encoder(tokenizer, settings.encode)
-        self.settings, self.sources = settings, sources
-        self.found = [find_files(source, base) for source in sources]
-        self.files = [file for found in self.found for file in found]
+        self.settings = settings
+        self.inputs = Inputs(sources, base, "data.train")
+        self.inputs.check_found()
+        self.files = self.inputs.files
         self.states = {file.name: file.state() for file in self.files}
-        self.size = max(1, sum(map(input_size, self.files)))
+        self.size = max(1, self.inputs.size)
 
     def blocks(self, start: Position) -> Iterator[_Block]:
         """All blocks from a position on.
@@ -158,22 +158,15 @@ class _Maker:
             whole, epoch = digest.hexdigest(), epoch + 1
 
     def _tasks(self) -> Iterator[Task]:
-        """All blocks of an epoch."""
-        first = 0
-        for number, (source, found) in enumerate(zip(self.sources, self.found)):
-            left = source.samples
-            for index, file in enumerate(found, first):
-                if left == 0:
-                    break
-                self._check(file)
-                for block in read_blocks(file, self.settings.block_bytes):
-                    self._check(file)
-                    yield Task(block, number, index, file.name, source.format, limit=left, share=self.settings.share)
-                    left = None if left is None else left - min(left, block.count)
-                    if left == 0:
-                        break
-                self._check(file)
-            first += len(found)
+        """All blocks of an epoch.
+
+        Raises:
+            DataError: a file cannot be read, or changed.
+        """
+        for item in self.inputs.tasks(self.settings.block_bytes, self.settings.share, self._check):
+            if isinstance(item, DataError):
+                raise item
+            yield item
 
     def _check(self, file: DataFile) -> None:
         if file.state() != self.states[file.name]:
@@ -184,7 +177,7 @@ class _Maker:
             )
 
     def _block(self, task: Task, position: Position, begin: int, end: int) -> _Block:
-        result = self.encoder.encode(Task(**vars(task) | {"form": position.form}))
+        result = self.encoder.encode(replace(task, form=position.form))
         for faults in (result.faults, result.too_long):
             if faults.count:
                 raise DataError.of(faults.first)
@@ -244,11 +237,12 @@ class RowStream:
         settings: StreamSettings,
         base: Path | None = None,
     ):
-        names = ("path", "format", "split", "samples")
-        plain = [SimpleNamespace(**{name: getattr(source, name) for name in names}) for source in sources]
+        plain = [PlainSource.of(source) for source in sources]
         self._job = tokenizer, settings, plain, base
         self.settings = settings
-        self.files = [file.name for source in sources for file in find_files(source, base)]
+        inputs = Inputs(sources, base, "data.train")
+        inputs.check_found()
+        self.files = inputs.names
         self.report = DataReport(files=[FileReport(name, None, None) for name in self.files])
         self._named: dict[str, Named] = {}
         self.fault: FinetuneError | None = None

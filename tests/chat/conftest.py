@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -76,8 +76,10 @@ class From:
 
     path: str
     format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
     split: str = "train"
     samples: int | None = None
+    weight: float | None = None
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ import pytest
 from finetune import console
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, TrainingError
-from finetune.rows import cache, dataset
+from finetune.rows import cache, dataset, inputs
 from finetune.rows.dataset import build_dataset
 from finetune.rows.sources import read_blocks
 from finetune.rows.workers import Worker, answer, connect
@@ -75,7 +74,7 @@ def large(monkeypatch, workers: int, block: int = 2000) -> None:
     """From now on all data counts as large, in blocks of this size, done by so many processes."""
     monkeypatch.setattr(dataset, "LARGE_BYTES", 0)
     monkeypatch.setattr(dataset, "worker_count", lambda: workers)
-    monkeypatch.setattr(dataset, "read_blocks", partial(read_blocks, size=block))
+    monkeypatch.setattr(inputs, "read_blocks", lambda file, size: read_blocks(file, block))
 
 
 # -- the same rows -----------------------------------------------------------------------------------------------
@@ -358,12 +357,12 @@ def test_a_file_that_changes_meanwhile_is_named(tokenizer, write, monkeypatch, p
     large(monkeypatch, 1)
     path = write("a.jsonl", lines(*many(50)))
 
-    def growing(file, **options):
+    def growing(file, size):
         yield from read_blocks(file)
         with open(path, "a") as more:
             more.write(lines(*many(1)))
 
-    monkeypatch.setattr(dataset, "read_blocks", growing)
+    monkeypatch.setattr(inputs, "read_blocks", growing)
     message, _ = outcome(tokenizer, [path])
     assert "a.jsonl: the file changed while it was being read" in message
     assert list(place.glob("[!.]*/")) == []
@@ -449,9 +448,8 @@ def preparing(data: Path, tokenizer: Path, handle: str = "KeyboardInterrupt()") 
     code = f"""
     import signal
     from types import SimpleNamespace as Of
-    from finetune.rows import dataset
+    from finetune.rows import dataset, inputs
     from finetune.chat.tokenizer import Tokenizer
-    from functools import partial
 
     def stop(*_):
         raise {handle}
@@ -459,8 +457,9 @@ def preparing(data: Path, tokenizer: Path, handle: str = "KeyboardInterrupt()") 
     signal.signal(signal.SIGTERM, stop)
     dataset.LARGE_BYTES = 0
     dataset.worker_count = lambda: 2
-    dataset.read_blocks = partial(dataset.read_blocks, size=20_000)
-    source = Of(path={str(data)!r}, format="auto", split="train", samples=None)
+    read_blocks = inputs.read_blocks
+    inputs.read_blocks = lambda file, size: read_blocks(file, 20_000)
+    source = Of(path={str(data)!r}, format="auto", columns={{}}, split="train", samples=None, weight=None)
     data = Of(max_length=100, overlong="truncate", train_on="responses")
     tokenizer = Tokenizer.from_folder({str(tokenizer)!r})
     dataset.build_dataset([source], tokenizer, data=data, method="sft", progress=lambda *a: print(*a, flush=True))

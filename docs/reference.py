@@ -1,6 +1,7 @@
 """What the pages derive from the code: `python -m docs.reference` writes it between their markers.
 
     <!-- begin recipe.training -->      the keys of a recipe's section: schema and docstrings
+    <!-- begin forms -->                the forms of rows: their table
     <!-- begin losses -->               the losses over pairs: their table, formulas and sources
     <!-- begin rooms -->                the rooms of the package, by floor: tests/test_layering.py and their docstrings
     <!-- begin needs -->                the GPUs that the shipped recipes need, from their headers
@@ -25,8 +26,10 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from finetune.compute.losses import LOSSES
+from finetune.methods import methods_on
 from finetune.recipe import schema
 from finetune.recipe.shipped import shipped_recipes
+from finetune.rows.formats import FORMS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -41,6 +44,8 @@ ENGLISH = {
     "text": "text",
     "list of sources": "list of sources",
     "list of names": "list of names",
+    "mapping of names": "mapping of names to names",
+    "forms head": "`format` | row | method",
     "or": "or",
     "whole number": "whole number",
     "number": "number",
@@ -62,8 +67,8 @@ class Language:
 
     Attributes:
         words: By the keys of ENGLISH.
-        meanings: What keys ("training.seed") and rooms ("rooms.rows") mean, where the code does not say it in this
-            language.
+        meanings: What keys ("training.seed"), forms ("forms.text") and rooms ("rooms.rows") mean, where the code does
+            not say it in this language.
         cells: Of tables that benchmarks write.
     """
 
@@ -88,7 +93,8 @@ def english() -> dict[str, str]:
         if "finetune" in part.__module__
         for key, text in attributes(part.__doc__ or "")
     }
-    return keys | {f"rooms.{room}": room_docstring(room) for rooms in floors() for room in rooms}
+    forms = {f"forms.{name}": form.says for name, form in FORMS.items()}
+    return keys | forms | {f"rooms.{room}": room_docstring(room) for rooms in floors() for room in rooms}
 
 
 def attributes(docstring: str) -> Iterator[tuple[str, str]]:
@@ -116,7 +122,7 @@ def default_of(field: FieldInfo, language: Language) -> str:
     """A key's default as YAML; a dash where there is none."""
     if field.is_required():
         return language.words["required"]
-    if isinstance(field.default, (str, bool, int, float, list)):
+    if isinstance(field.default, (str, bool, int, float, list, dict)):
         return f"`{yaml.safe_dump(field.default, default_flow_style=True).splitlines()[0]}`"
     return "-"
 
@@ -139,6 +145,8 @@ def _kind(kind: Any, metadata: list[Any], words: Mapping[str, str]) -> str:
         return "`true`, `false`"
     if kind in (int, float):
         return " ".join([words["whole number" if kind is int else "number"], *_bounds(metadata, words)])
+    if get_origin(kind) is dict:
+        return words["mapping of names"]
     if get_origin(kind) is list:
         (item,) = get_args(kind)
         return words["list of sources" if item is schema.Source else "list of names"]
@@ -168,6 +176,15 @@ def losses_table(language: Language) -> str:
         reference = language.words["yes" if kind.has_reference else "no"]
         # A bar in a cell's code cannot be escaped for every reader of Markdown; this one looks the same.
         lines.append(f"| `{name}` | `{formula[1].replace('|', '∣')}` | {keys} | {reference} | {paper[0]} |")
+    return "\n".join(lines)
+
+
+def forms_table(language: Language) -> str:
+    """The forms of rows, and what the sketch of a row does not say."""
+    lines = [f"| {language.words['forms head']} |", "| --- | --- | --- |"]
+    for name, form in FORMS.items():
+        row = f"`{form.row}` {language.meanings[f'forms.{name}']}".strip()
+        lines.append(f"| `{name}` | {row.replace('|', '∣')} | {', '.join(f'`{m}`' for m in methods_on(form.kind))} |")
     return "\n".join(lines)
 
 
@@ -238,9 +255,12 @@ def rooms_drawing() -> str:
 
 # -- the pages -------------------------------------------------------------------------------------------------
 
-_MADE: dict[str, Callable[[Language], str]] = {"losses": losses_table, "needs": needs_table, "rooms": rooms_table} | {
-    f"recipe.{name}": partial(recipe_table, name) for name in schema.SECTIONS
-}
+_MADE: dict[str, Callable[[Language], str]] = {
+    "forms": forms_table,
+    "losses": losses_table,
+    "needs": needs_table,
+    "rooms": rooms_table,
+} | {f"recipe.{name}": partial(recipe_table, name) for name in schema.SECTIONS}
 _BLOCK = re.compile(r"(?<=<!-- begin )([\w.]+)( -->\n).*?(?=<!-- end \1 -->)", re.DOTALL)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from docs import reference
 from finetune.recipe.load import load_recipe
+from finetune.rows.formats import FORMS
 from tests import test_layering
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +32,7 @@ def test_the_drawing_has_the_rooms_of_the_layering_test():
 def test_every_key_has_a_meaning_in_both_languages():
     english, chinese = (language.meanings for language in reference.languages().values())
     keys = {f"{name}.{key}" for name, section in reference.schema.SECTIONS.items() for key in section.model_fields}
+    keys |= {f"forms.{name}" for name in FORMS}
     keys |= {f"rooms.{room}" for room in test_layering.HEIGHT if not room.startswith("__")}
     assert {key for key, text in english.items() if text} == keys == set(chinese)
 

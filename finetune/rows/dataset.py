@@ -25,6 +25,7 @@ from finetune.rows import cache
 from finetune.rows.datafiles import Source
 from finetune.rows.encode import COUNTS, MAX_NAMED, DataSettings, Encoder, Faults, Named, Result, Settings, Task
 from finetune.rows.inputs import LARGE_BYTES, Inputs, files_of
+from finetune.rows.mix import Mix
 from finetune.rows.table import Dataset, PairDataset, Part, Table, dataset_of
 from finetune.rows.workers import encode_all, worker_count
 
@@ -116,6 +117,27 @@ def length_notes(report: DataReport, max_length: int) -> list[str]:
     return notes
 
 
+def mixed(dataset: Dataset | PairDataset, sources: Sequence[Source], report: DataReport) -> Mix | None:
+    """The mix that the sources' weights ask for, told in a note; None where they have none.
+
+    Raises:
+        DataError: a source has no row that can be trained on.
+    """
+    weights = [source.weight for source in sources if source.weight is not None]
+    if len(weights) < len(sources):
+        return None
+    mix = Mix.of(weights, dataset.sources)
+    for source, rows in zip(sources, mix.rows):
+        if not len(rows):
+            raise DataError("it has a weight, but no row that can be trained on", where=source.path)
+    parts = [
+        f"{100 * share:.1f} % from {source.path} ({_counted(len(rows))}, {count / len(rows):.2f} times)"
+        for source, share, rows, count in zip(sources, mix.shares, mix.rows, mix.counts)
+    ]
+    report.notes.append(f"An epoch is {_counted(len(mix))}: {', '.join(parts)}.")
+    return mix
+
+
 # -- building --------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +185,7 @@ def build_dataset(
         result = encoder.encode(task)
         parts += merged.add(task, result)
         progress(result.read, None)
-    dataset = dataset_of(Table(parts, inputs.names), settings.kind)
+    dataset = dataset_of(Table(parts, inputs.names, inputs.sources_of_files), settings.kind)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
         # A look at a few rows does not read the whole files.
@@ -321,7 +343,7 @@ class _Large:
         )
 
     def _opened(self, parts: list[Part], content: dict[str, Any], where: Path):
-        dataset = dataset_of(Table(parts, self.inputs.names), self.settings.kind)
+        dataset = dataset_of(Table(parts, self.inputs.names, self.inputs.sources_of_files), self.settings.kind)
         report = _Merger(self.inputs, self.settings).load(content).report(dataset, self.hashes)
         console.say(f"Opened {_counted(report.kept)} that were prepared before: {where}")
         return dataset, report
@@ -361,7 +383,7 @@ class _Large:
             if store is not None:
                 store.discard()
             raise
-        dataset = dataset_of(Table(parts, self.inputs.names), self.settings.kind)
+        dataset = dataset_of(Table(parts, self.inputs.names, self.inputs.sources_of_files), self.settings.kind)
         return dataset, merged.report(dataset, self.hashes)
 
     def _parts(self, merged: _Merger) -> Iterator[Part]:

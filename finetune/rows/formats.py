@@ -276,7 +276,7 @@ FORMS: dict[str, Form] = {
             _preference,
             '{"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}',
             "The prompt may also stand under `conversations`, `instruction` and `input`, or `query`, or be what chosen "
-            'and rejected both begin with (lists of messages, or texts with "\\n\\nHuman:" and "\\n\\nAssistant:"). '
+            'and rejected both begin with (lists of messages, or texts with "Human:" and "Assistant:"). '
             "ms-swift's `rejected_response` and `rejected_messages` beside `messages` or `response` are read too.",
         ),
         Form(
@@ -304,6 +304,7 @@ FORMS: dict[str, Form] = {
             ("input", "system", "history", "tools"),
             _alpaca,
             '{"instruction": "...", "input"?, "output": "...", "system"?, "history": [[prompt, response]]?}',
+            "All but `instruction` and `output` may be absent.",
         ),
         Form(
             "query_response",

@@ -10,6 +10,8 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
+from finetune.rows.mix import Mix
+
 
 class Packs(Sequence):
     """Row indices of each sequence that the model sees, in two flat arrays.
@@ -194,6 +196,7 @@ class EpochPlan:
         batch_size: Rows of a micro-batch on one rank.
         accumulation: Micro-batches of a step.
         total_steps: Length of the run.
+        mix: Where sources are mixed by weight: what takes the place of all rows once. n is then its length.
     """
 
     n: int
@@ -204,6 +207,7 @@ class EpochPlan:
     shuffle: bool
     world_size: int = 1
     rank: int = 0
+    mix: Mix | None = None
     may_fail: ClassVar[bool] = False
 
     @property
@@ -223,7 +227,7 @@ class EpochPlan:
     def step(self, number: int) -> Step:
         """The rows of optimizer step `number`, from 0."""
         epoch, within = divmod(number, self.steps_per_epoch)
-        return self._step(number, epoch, within, epoch_order(self.n, self.seed, epoch, self.shuffle))
+        return self._step(number, epoch, within, self._order(epoch))
 
     def steps(self, start: int = 0) -> Iterator[Step]:
         """All steps from `start` on; resuming is `plan.steps(step)`."""
@@ -231,11 +235,16 @@ class EpochPlan:
         for number in range(start, self.total_steps):
             epoch, within = divmod(number, self.steps_per_epoch)
             if epoch != shuffled:
-                order, shuffled = epoch_order(self.n, self.seed, epoch, self.shuffle), epoch
+                order, shuffled = self._order(epoch), epoch
             yield self._step(number, epoch, within, order)
 
     def put_back(self) -> None:
         """Nothing is used up."""
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.mix is not None:
+            return self.mix.order(self.seed, epoch, self.shuffle)
+        return epoch_order(self.n, self.seed, epoch, self.shuffle)
 
     def _step(self, number: int, epoch: int, within: int, order: np.ndarray) -> Step:
         rows = order[within * self.rows_per_step : (within + 1) * self.rows_per_step]
@@ -256,6 +265,7 @@ def plan_steps(
     shuffle: bool = True,
     world_size: int = 1,
     rank: int = 0,
+    mix: Mix | None = None,
 ) -> EpochPlan:
     """Plan a run of max_steps optimizer steps, or of so many epochs (rounded up to a whole step).
 
@@ -266,7 +276,7 @@ def plan_steps(
         raise ValueError("there are no rows")
     if (max_steps is None) == (epochs is None):
         raise ValueError("give either max_steps or epochs")
-    plan = EpochPlan(n, batch_size, accumulation, max_steps or 0, seed, shuffle, world_size, rank)
+    plan = EpochPlan(n, batch_size, accumulation, max_steps or 0, seed, shuffle, world_size, rank, mix)
     if epochs is None:
         return plan
     total = max(1, math.ceil(round(epochs * plan.steps_per_epoch, 6)))

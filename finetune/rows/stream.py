@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -256,9 +256,10 @@ class RowStream:
         self._units: dict[int, tuple[int, int]] = {}
         self._serial = self._taken = self._skip = 0
 
-    def start(self, position: Position) -> None:
-        """Begin to work ahead from a position."""
+    def start(self, state: dict[str, Any] | None) -> None:
+        """Begin to work ahead, from the beginning or from the position that a checkpoint holds as plain values."""
         tokenizer, settings, sources, base = self._job
+        position = Position() if state is None else Position(**state)
         self.position, self._skip = position, position.unit
         self._worker = Worker(run)
         self._worker.send((tokenizer.content(), settings, sources, base, position))
@@ -291,8 +292,7 @@ class RowStream:
         Raises:
             DataError: rows are wrong, or a file changed. Nothing was taken then.
         """
-        while len(self._waiting) < count:
-            self._add(self._queue.get())
+        self._wait_for(count)
         taken = [self._waiting.popleft() for _ in range(count)]
         for serial in [serial for serial in self._blocks if serial < taken[0][0]]:
             del self._blocks[serial]
@@ -304,6 +304,16 @@ class RowStream:
         self.position = Position(**asdict(block.position) | {"unit": index + 1})
         done = block.start + (block.end - block.start) * (index + 1) / len(packs)
         return list(self._units), block.position.epoch + done
+
+    def rows_ahead(self, ahead: int) -> int:
+        """How many rows the unit has that stands so far ahead of the next one; raises as `take` does."""
+        self._wait_for(ahead + 1)
+        serial, index = self._waiting[ahead]
+        return len(self._blocks[serial][2][index])
+
+    def _wait_for(self, count: int) -> None:
+        while len(self._waiting) < count:
+            self._add(self._queue.get())
 
     def put_back(self) -> None:
         """Stand where the stream stood before the last `take`: its units are not used. Nothing can be taken then."""
@@ -348,10 +358,29 @@ class RowStream:
         return rows[row & ((1 << _ROW_BITS) - 1)]
 
 
+class Stream(Protocol):
+    """What gives out units: `RowStream`, or several of them mixed."""
+
+    fault: FinetuneError | None
+    report: DataReport
+
+    @property
+    def position(self) -> Any:
+        """A dataclass of plain values, with the `epoch` that units are taken from."""
+        ...
+
+    def start(self, state: dict[str, Any] | None) -> None: ...
+    def close(self) -> None: ...
+    def take(self, count: int) -> tuple[list[int], float]: ...
+    def put_back(self) -> None: ...
+    def pack(self, unit: int) -> list[int]: ...
+    def __getitem__(self, row: int) -> Any: ...
+
+
 class StreamPacks:
     """The units of a stream, indexed as `Packs` are."""
 
-    def __init__(self, stream: RowStream):
+    def __init__(self, stream: Stream):
         self._stream = stream
 
     def __getitem__(self, unit: int) -> list[int]:
@@ -362,7 +391,7 @@ class StreamPacks:
 class StreamPlan:
     """A run over a stream: each step takes the next units of each rank's share; see `plan.Plan`."""
 
-    stream: RowStream
+    stream: Stream
     batch_size: int
     accumulation: int
     total_steps: int

@@ -84,10 +84,15 @@ class Part:
 
 
 class Table:
-    """All parts, in order, and the names of their files."""
+    """All parts, in order, and the names of their files.
 
-    def __init__(self, parts: Sequence[Part], files: Sequence[str]):
+    Args:
+        sources: The number of the source of each file; where it is not given, all are of one.
+    """
+
+    def __init__(self, parts: Sequence[Part], files: Sequence[str], sources: Sequence[int] | None = None):
         self.parts, self.files = list(parts), list(files)
+        self._sources = [0] * len(self.files) if sources is None else list(sources)
         self._starts = np.cumsum([0, *map(len, self.parts)])
 
     def __len__(self) -> int:
@@ -103,6 +108,10 @@ class Table:
         """An array of every part, joined, int64."""
         return np.concatenate([np.zeros(0, np.int64), *map(of_part, self.parts)]).astype(np.int64, copy=False)
 
+    def sources(self) -> np.ndarray:
+        """int64 [n], the number of the source of each row."""
+        return self.column(lambda part: np.full(len(part), self._sources[part.file], np.int64))
+
     def lengths(self, side: int) -> np.ndarray:
         """int64 [n], tokens of each row."""
         return self.column(lambda part: np.diff(part.sides[side].offsets))
@@ -115,7 +124,13 @@ class Table:
 class _Selectable:
     """Rows in an order; selecting changes the order and shares the arrays."""
 
+    _table: Table
     _order: np.ndarray
+
+    @property
+    def sources(self) -> np.ndarray:
+        """int64 [n], the number of the source of each row."""
+        return self._table.sources()[self._order]
 
     def __len__(self) -> int:
         return len(self._order)

@@ -13,10 +13,12 @@ from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError
 from finetune.methods import METHODS
 from finetune.model.resolve import ModelSource, resolve_model
-from finetune.rows.dataset import DataReport, build_dataset
+from finetune.rows.dataset import DataReport, build_dataset, mixed
 from finetune.rows.encode import Settings
+from finetune.rows.mix import Mix
+from finetune.rows.mixstream import open_stream
 from finetune.rows.plan import EpochPlan, Packs, Plan, pack, plan_steps
-from finetune.rows.stream import RowStream, StreamPacks, StreamPlan, StreamSettings
+from finetune.rows.stream import Stream, StreamPacks, StreamPlan, StreamSettings
 from finetune.rows.table import split_dataset
 from finetune.train.estimate import Estimate, estimate
 from finetune.train.processes.launch import has_gpu
@@ -69,7 +71,7 @@ class Prepared:
     world_size: int
     estimate: Estimate
     first_rows: Any
-    stream: RowStream | None = None
+    stream: Stream | None = None
 
     @property
     def sharding_degree(self) -> int:
@@ -102,9 +104,10 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
         train, rows = split_dataset(train, data.eval_fraction, training.seed)
         held_out = RowSet(rows, _share(report, rows, notes=[]), _packs(rows, recipe))
         report = _share(report, train, notes=report.notes)
-    packs = _packs(train, recipe)
+    mix = mixed(train, data.train, report)
+    packs = _packs(train, recipe, mix)
     plan = plan_steps(
-        len(packs),
+        len(packs) if mix is None or data.packing else len(mix),
         batch_size=training.per_device_train_batch_size,
         accumulation=training.gradient_accumulation_steps,
         max_steps=training.max_steps,
@@ -113,6 +116,7 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
         shuffle=training.shuffle,
         world_size=world_size,
         rank=rank,
+        mix=None if data.packing else mix,
     )
     return Prepared(
         recipe=recipe,
@@ -151,7 +155,7 @@ def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, w
     if training.max_steps is None:
         raise ValueError("the length of a stream is not known, so training.max_steps must be")
     first, _ = build_dataset(data.train, tokenizer, data=data, method=recipe.method, limit=_FIRST_ROWS)
-    stream = RowStream(
+    stream = open_stream(
         data.train,
         tokenizer,
         StreamSettings(
@@ -196,11 +200,15 @@ def _share(report: DataReport, part: Any, notes: list[str]) -> DataReport:
     return replace(report, kept=len(part), tokens=tokens, supervised_tokens=supervised, notes=notes)
 
 
-def _packs(dataset: Any, recipe: Recipe) -> Packs:
-    """Units of the data order."""
+def _packs(dataset: Any, recipe: Recipe, mix: Mix | None = None) -> Packs:
+    """Units of the data order: rows, or packs of those of a mix's first epoch, where there is one."""
     if not recipe.data.packing:
         return Packs.single(len(dataset))
-    return pack(dataset.lengths, _room(recipe))
+    if mix is None:
+        return pack(dataset.lengths, _room(recipe))
+    rows = mix.order(recipe.training.seed, 0, recipe.training.shuffle)
+    packs = pack(dataset.lengths[rows], _room(recipe))
+    return Packs(rows[packs.rows], packs.starts)
 
 
 def _room(recipe: Recipe) -> int:
@@ -281,7 +289,7 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
             ("packed into", f"{known.n:,} sequences" if known and recipe.data.packing else None),
             (
                 "tokens per epoch",
-                f"{report.tokens:,}, {report.supervised_tokens:,} of them trained on" if known else None,
+                _epoch_tokens(prepared, known) if known else None,
             ),
             ("evaluation rows", None if prepared.eval is None else len(prepared.eval.rows)),
             ("steps", f"{steps}, {per_step}"),
@@ -295,6 +303,18 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
     )
     for note in report.notes + (prepared.eval.report.notes if prepared.eval else []):
         console.warn(note)
+
+
+def _epoch_tokens(prepared: Prepared, plan: EpochPlan) -> str:
+    rows = prepared.train.rows
+    if plan.mix is None:
+        order: Any = slice(None)
+    elif prepared.recipe.data.packing:
+        order = prepared.train.packs.rows
+    else:
+        order = plan.mix.order(plan.seed, 0, plan.shuffle)
+    tokens, supervised = int(rows.lengths[order].sum()), int(rows.num_supervised[order].sum())
+    return f"{tokens:,}, {supervised:,} of them trained on"
 
 
 def _tuning(recipe: Recipe) -> str:

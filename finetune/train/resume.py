@@ -80,8 +80,13 @@ def fingerprint(prepared: Prepared) -> dict[str, Any]:
 
 
 def _contents(sources: list[dict], report: DataReport) -> list:
-    """Rows by hash, and what is taken of them, wherever they lie."""
-    taken = [{k: v for k, v in source.items() if k != "path"} for source in sources]
+    """Rows by hash, and what is taken of them, wherever they lie.
+
+    What a source does not use of `columns` and `weight` is left out: checkpoints from before there were these know
+    nothing of them.
+    """
+    unused = {"columns": {}, "weight": None}
+    taken = [{k: v for k, v in source.items() if k != "path" and unused.get(k, ...) != v} for source in sources]
     return taken + [file.sha256 or file.path for file in report.files]
 
 

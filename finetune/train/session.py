@@ -21,7 +21,6 @@ from finetune.model.runtime import device, paddle
 from finetune.model.save import save_hf, save_peft
 from finetune.model.tensors import as_numpy
 from finetune.model.write import read_companions
-from finetune.rows.stream import Position
 from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
 from finetune.train.estimate import quantization_of
 from finetune.train.loop import Interval, RunState, train_loop
@@ -42,7 +41,8 @@ class Session:
         self._identity = {"fingerprint": start.fingerprint, "evaluation": start.evaluation}
         self._rotation_due = False
         if prepared.stream is not None:  # so that rows are there when the model is
-            prepared.stream.start(_position(start, world))
+            checkpoint = start.checkpoint
+            prepared.stream.start(None if checkpoint is None else checkpoint.state["stream"][world.rank])
         # Read now: the model's folder may be gone before the run ends.
         source = prepared.source
         self._companions = read_companions(source.config, source.tokenizer_folder, source.generation_file)
@@ -184,12 +184,6 @@ def _copy(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         shutil.copyfile(path, target / path.name)
     sync_tree(target)
-
-
-def _position(start: Start, world: World) -> Position:
-    if start.checkpoint is None:
-        return Position()
-    return Position(**start.checkpoint.state["stream"][world.rank])
 
 
 def _build_model(prepared: Prepared, start: Start):

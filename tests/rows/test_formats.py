@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from finetune.chat.messages import Conversation, Preference
+from finetune.chat.messages import Conversation, PlainText, Preference
 from finetune.errors import DataError
-from finetune.rows.formats import detect_format, parse_row
+from finetune.rows.formats import FORMS, detect_format, parse_row
+from finetune.rows.turns import MASK_KEYS
 from tests.chat.cases import WEATHER, said
 
 SAID = said("q", "a")
@@ -120,6 +122,186 @@ def test_equal_answers_still_have_a_prompt():
     assert (pair.prompt.messages, pair.chosen, pair.rejected) == (SAID[:1], SAID[1:], SAID[1:])
 
 
+# -- forms of other tools ----------------------------------------------------------------------------------------
+
+HH = "\n\nHuman: q\n\nAssistant: {}"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "q", "response": "a"},  # ms-swift
+        {"query": "q", "response": "a", "system": "", "history": []},
+        {"conversations": SAID},
+        {"conversations": [SAID[0], QA[1]]},
+        {"messages": QA},
+        {"messages": [{"role": "user", "content": "q", "name": None}, {"role": "assistant", "content": "a"}]},
+    ],
+)
+def test_conversations_of_other_tools(row):
+    assert messages(row) == SAID
+
+
+def test_histories_and_system_messages():
+    row = {"query": "q2", "response": "a2", "system": "S", "history": [["q", "a"]]}
+    assert messages(row) == said("q", "a", "q2", "a2", system="S")
+    assert messages({"messages": SAID, "system": "S"}) == said("q", "a", system="S")
+    assert messages({"messages": said("q", "a", system="S"), "system": "S"}) == said("q", "a", system="S")
+    developer = [{"role": "developer", "content": "S"}, *SAID]
+    assert messages({"messages": developer}) == developer
+
+
+def test_prompt_and_completion():
+    assert parse_row({"prompt": "q", "completion": "a"}, "auto", "f:1") == PlainText("q", "a", "f:1")
+    expected = Conversation(SAID, None, "f:1", given=1)
+    for prompt in ("q", SAID[:1]):
+        for completion in ("a", SAID[1:], SAID[1]):
+            if not (isinstance(prompt, str) and isinstance(completion, str)):
+                assert parse_row({"prompt": prompt, "completion": completion}, "auto", "f:1") == expected
+    many = said("q1", "a1", "q2", "a2")
+    parsed = parse_row({"prompt": many[:3], "completion": many[3:], "tools": [WEATHER]}, "auto", "f:1")
+    assert parsed == Conversation(many, [WEATHER], "f:1", given=3)
+
+
+def test_plain_text():
+    assert parse_row({"text": "t"}, "auto", "f:1") == PlainText(None, "t", "f:1")
+    # A column of this name beside another form's keys is that form's rendering (Stanford's alpaca).
+    assert detect_format({"instruction": "q", "input": "", "output": "a", "text": "Below is"}) == "alpaca"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        # TRL, implicit prompt; UltraFeedback and Argilla, text and whole conversations, and messages beside
+        {"chosen": SAID, "rejected": said("q", "b")},
+        {"prompt": "q", "chosen": SAID, "rejected": said("q", "b"), "messages": SAID, "score_chosen": 8.0},
+        # LLaMA-Factory
+        {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        {"conversations": QA[:1], "chosen": QA[1], "rejected": {"from": "gpt", "value": "b"}},
+        # ms-swift
+        {"messages": SAID, "rejected_response": "b"},
+        {"messages": SAID, "rejected_messages": said("q", "b")},
+        {"query": "q", "response": "a", "rejected_response": "b"},
+        {"query": "q", "response": "a", "rejected_response": "b", "system": "", "history": []},
+        # Anthropic's HH
+        {"chosen": HH.format("a"), "rejected": HH.format("b")},
+        {"prompt": "q", "chosen": SAID[1:], "rejected": [said("q", "b")[1]]},
+        {"query": "q", "chosen": "a", "rejected": "b"},
+    ],
+)
+def test_preferences_of_other_tools(row):
+    assert detect_format(row) == "preference"
+    assert parse_row(row, "auto", "f:1") == Preference(Conversation([USER], None, "f:1"), [GOOD], [BAD], "f:1")
+
+
+def test_longer_preferences_of_other_tools():
+    hh = "\n\nHuman: q1\n\nAssistant: a1\nsecond line\n\nHuman: q2\n\nAssistant: {}"
+    pair = parse_row({"chosen": hh.format("a"), "rejected": hh.format("b")}, "auto", "f:1")
+    assert pair.prompt.messages == said("q1", "a1\nsecond line", "q2")
+    whole = said("q1", "a1", "q2", "a", system="S")
+    pair = parse_row({"messages": whole, "rejected_response": "b"}, "auto", "f:1")
+    assert (pair.prompt.messages, pair.chosen, pair.rejected) == (whole[:-1], [GOOD], [BAD])
+    pair = parse_row({"messages": whole, "rejected_messages": [*whole[:-1], BAD]}, "auto", "f:1")
+    assert (pair.prompt.messages, pair.chosen, pair.rejected) == (whole[:-1], [GOOD], [BAD])
+    pair = parse_row({"system": "S", "chosen": SAID, "rejected": [USER, BAD]}, "auto", "f:1")
+    assert pair.prompt.messages == said("q", system="S")
+
+
+@pytest.mark.parametrize("name", list(FORMS))
+def test_every_form_is_told_by_its_keys_and_nothing_else_is_in_its_way(name):
+    for keys in FORMS[name].told_by:
+        assert detect_format(dict.fromkeys(keys)) == name
+
+
+# -- masks -------------------------------------------------------------------------------------------------------
+
+NO, YES = {**GOOD, "train": False}, {**GOOD, "train": True}
+
+
+@pytest.mark.parametrize("key, off, on", [(key, *v) for key in MASK_KEYS for v in ((False, True), (0, 1), (0.0, 1.0))])
+def test_a_mask_means_the_same_by_every_name_in_every_form(key, off, on):
+    for value, expected in ((off, NO), (on, YES), (None, GOOD)):
+        openai, sharegpt = {**GOOD, key: value}, {**QA[1], key: value}
+        for row in (
+            {"messages": [USER, openai]},
+            {"conversations": [USER, openai]},
+            {"conversations": [QA[0], sharegpt]},
+            {"prompt": [USER], "completion": [openai]},
+            {"prompt": "q", "completion": [sharegpt]},
+        ):
+            assert messages(row) == [USER, expected], row
+        for answer in (openai, [openai], sharegpt):
+            pair = parse_row({"prompt": "q", "chosen": answer, "rejected": "b"}, "auto", "f:1")
+            assert (pair.chosen, pair.rejected) == ([expected], [BAD])
+        pair = parse_row({"chosen": [USER, openai], "rejected": [USER, BAD]}, "auto", "f:1")
+        assert pair.chosen == [expected]
+    with pytest.raises(DataError, match=rf"key messages\[0\].{key}: true on a message of role user"):
+        messages({"messages": [{**USER, key: on}, GOOD]})
+    assert messages({"messages": [{**USER, key: off}, GOOD]}) == [{**USER, "train": False}, GOOD]
+
+
+@pytest.mark.parametrize(
+    "key",
+    "mask masked trainable ignore learn no_loss loss_mask is_masked noLoss train_on_turn Loss weights skip".split(),
+)
+def test_a_key_that_looks_like_a_mask_is_an_error(key):
+    for row in ({"messages": [USER, {**GOOD, key: True}]}, {"conversations": [QA[0], {**QA[1], key: 0}]}):
+        with pytest.raises(DataError, match=rf"\[1\].{key}: the key looks like a mask.*weight \(1 or 0\)"):
+            parse_row(row, "auto", "f:1")
+
+
+@pytest.mark.parametrize("key", ["id", "name", "weather", "trainer", "lossless", "blossom", "refusal", "timestamp"])
+def test_other_keys_of_turns_are_kept(key):
+    assert messages({"messages": [USER, {**GOOD, key: "x"}]})[1] == {**GOOD, key: "x"}
+    assert messages({"conversations": [QA[0], {**QA[1], key: "x"}]})[1] == {**GOOD, key: "x"}
+
+
+def test_masks_that_contradict_each_other():
+    with pytest.raises(DataError, match="key messages.1..weight: it says true, but train says false. Keep one"):
+        messages({"messages": [USER, {**GOOD, "train": False, "weight": 1}]})
+    with pytest.raises(DataError, match="key prompt: a turn of the prompt is marked"):
+        parse_row({"prompt": [USER, {**GOOD, "loss": True}, USER], "chosen": "a", "rejected": "b"}, "auto", "f:1")
+
+
+# -- rows of no form ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys, mend",
+    [
+        (
+            "question answer",
+            "The nearest form is alpaca: {instruction, output}; add `columns: {instruction: question, output: answer}`",
+        ),
+        ("instruction response", "alpaca: {instruction, output}; add `columns: {output: response}`"),
+        ("prompt response", "query_response: {query, response}; add `columns: {query: prompt}`"),
+        ("prompt target", "prompt_completion: {prompt, completion}; add `columns: {completion: target}`"),
+        ("dialogue", "messages: {messages}; add `columns: {messages: dialogue}`"),
+        ("content", "text: {text}; add `columns: {text: content}`"),
+        ("mesages", "messages: {messages}; add `columns: {messages: mesages}`"),
+        ("prompt chosen worse", "preference: {chosen, rejected}; add `columns: {rejected: worse}`"),
+        ("prompt", "prompt_completion: {prompt, completion}; it needs completion too"),
+        ("id", "Known are preference: {chosen, rejected}; messages: {messages};"),
+    ],
+)
+def test_a_row_of_no_form_is_told_the_nearest_one_and_what_mends_it(keys, mend):
+    row = dict.fromkeys(keys.split(), "x")
+    with pytest.raises(DataError, match="no known form") as caught:
+        detect_format(row, "f:1")
+    fix = caught.value.faults[0].fix
+    assert mend in fix
+    # The line does mend it.
+    if line := re.search(r"`columns: {(.*?)}`", fix):
+        columns = dict(pair.split(": ") for pair in line[1].split(", "))
+        mapped = {key: value for key, value in row.items() if key not in columns.values()} | dict.fromkeys(columns)
+        assert detect_format(mapped, "f:1", columns)
+
+
+def test_a_preference_without_prompt_is_told_which_column_it_may_be():
+    with pytest.raises(DataError, match="there is no prompt.*columns: {prompt: question}"):
+        parse_row({"question": "q", "chosen": "a", "rejected": "b"}, "auto", "f:1")
+
+
 # -- every wrong row ---------------------------------------------------------------------------------------------
 
 
@@ -184,6 +366,12 @@ def wrong(index: int, **changes) -> dict:
         ({"prompt": SAID, "chosen": "a", "rejected": "b"}, "key prompt", "ends with a message of role assistant"),
         ({"prompt": [USER], "chosen": [USER], "rejected": "b"}, "key chosen", "behind the prompt stands user"),
         ({"chosen": "a", "rejected": "b"}, "key chosen", "there is no prompt"),
+        ({"messages": SAID[1:], "rejected_response": "b"}, "key messages", "ends with a message of role nobody"),
+        ({"prompt": "q", "completion": "a", "tools": [WEATHER]}, "key tools", "Write messages instead of texts"),
+        ({"prompt": SAID, "completion": "a"}, "key prompt", "ends with a message of role assistant"),
+        ({"prompt": SAID[:1], "completion": SAID[:1]}, "key completion", "behind the prompt stands user"),
+        ({"query": 1, "response": "a"}, "key query", "found a number (1)"),
+        ({"text": None}, "key text", "found null"),
         ({"chosen": [USER, GOOD], "rejected": [{**USER, "content": "other"}, BAD]}, "key chosen", "there is no prompt"),
     ],
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from finetune.errors import DataError
 from finetune.rows.encode import Settings
-from finetune.rows.stream import Position, RowStream, StreamPacks, StreamPlan, StreamSettings
+from finetune.rows.mixstream import open_stream
+from finetune.rows.stream import Stream, StreamPacks, StreamPlan, StreamSettings
 from tests.chat.cases import said
 from tests.chat.conftest import From
 
@@ -32,9 +33,9 @@ def lines(count: int) -> str:
 
 
 @contextmanager
-def stream(tokenizer, *paths: str | From, start: Position = Position(), **settings) -> Iterator[RowStream]:
+def stream(tokenizer, *paths: str | From, start: dict | None = None, **settings) -> Iterator[Stream]:
     sources = [path if isinstance(path, From) else From(path) for path in paths]
-    made = RowStream(sources, tokenizer, replace(SETTINGS, **settings))
+    made = open_stream(sources, tokenizer, replace(SETTINGS, **settings))
     made.start(start)
     try:
         yield made
@@ -42,7 +43,7 @@ def stream(tokenizer, *paths: str | From, start: Position = Position(), **settin
         made.close()
 
 
-def taken(made: RowStream, count: int) -> list[list[str]]:
+def taken(made: Stream, count: int) -> list[list[str]]:
     """The names of the rows of each of the next units."""
     units, _ = made.take(count)
     return [[made[row].source for row in made.pack(unit)] for unit in units]
@@ -100,7 +101,7 @@ def test_a_stream_goes_on_from_any_position(tokenizer, write, room):
             positions.append(made.position)
     assert positions[-1].epoch >= 1 and any(len(unit) > 1 for unit in whole) == bool(room)
     for at in (0, 3, 4, 11, 16):
-        saved = Position(**json.loads(json.dumps(vars(positions[at]))))
+        saved = json.loads(json.dumps(asdict(positions[at])))
         with stream(tokenizer, *sources, room=room, start=saved) as again:
             assert taken(again, 14) == whole[7 * (at + 1) :][:14]
 
@@ -146,7 +147,7 @@ def test_a_bad_row_ends_the_stream_where_its_block_is_needed(tokenizer, write):
         steps = list(plan.steps())
         assert 5 <= len(steps) - 1 <= 10 and steps[-1].failed and not steps[-1].batches
         assert "a.jsonl:101: not valid JSON" in str(made.fault)
-        before = made.position
+        before = asdict(made.position)
     # The row is mended: what was trained on before is what it was.
     write("a.jsonl", text + text)
     with stream(tokenizer, path, shuffle=False, start=before) as made:
@@ -173,3 +174,55 @@ def test_a_stream_without_a_row_to_train_on_ends(tokenizer, write):
     with stream(tokenizer, write("a.jsonl", json.dumps({"messages": said("q")}) + "\n")) as made:
         with pytest.raises(DataError, match="no row of the stream can be trained on"):
             made.take(1)
+
+
+# -- mixed by weight ---------------------------------------------------------------------------------------------
+
+
+def mixed_sources(write) -> list[From]:
+    return [
+        From(write("many.jsonl", lines(300)), weight=6),
+        From(write("some.jsonl", lines(50)), weight=3),
+        From(write("few.jsonl", lines(7)), weight=1),
+    ]
+
+
+@pytest.mark.parametrize("room", [None, 300])
+def test_sources_are_mixed_by_weight_and_go_on_from_any_position(tokenizer, write, room):
+    sources = mixed_sources(write)
+    with stream(tokenizer, *sources, room=room) as made:
+        whole, positions, units = [], [], []
+        for _ in range(40):
+            units.append(taken(made, 10))
+            whole += units[-1]
+            positions.append(made.position)
+        rows = [name.rpartition("/")[2].partition(".")[0] for unit in whole for name in unit]
+        assert 100 < made.report.read <= 357 and made.report.kept == made.report.read  # of the first passes
+    # After any number of units each source has given its share, to within a unit.
+    most = max(map(len, whole))
+    for count in range(1, len(rows)):
+        for name, share in (("many", 0.6), ("some", 0.3), ("few", 0.1)):
+            assert abs(rows[:count].count(name) - share * count) <= 2 * most
+    for at in (0, 5, 17, 31):
+        saved = json.loads(json.dumps(asdict(positions[at])))
+        with stream(tokenizer, *sources, room=room, start=saved) as again:
+            assert taken(again, 60) == whole[10 * (at + 1) :][:60]
+            assert again.position == positions[at + 6]
+
+
+def test_what_a_mixed_step_took_is_put_back(tokenizer, write):
+    with stream(tokenizer, *mixed_sources(write)) as made:
+        made.take(30)
+        before = made.position
+        made.take(10)
+        assert made.position != before
+        made.put_back()
+        assert made.position == before
+
+
+def test_a_fault_in_one_source_ends_a_mixed_step_before_anything_is_taken(tokenizer, write):
+    good, bad = From(write("a.jsonl", lines(200)), weight=1), From(write("b.jsonl", lines(90) + "{]\n"), weight=1)
+    with stream(tokenizer, good, bad, shuffle=False) as made:
+        steps = list(StreamPlan(made, batch_size=10, accumulation=1, total_steps=30).steps())
+        assert steps[-1].failed and "b.jsonl:91: not valid JSON" in str(made.fault)
+        assert made.position.taken == (5 * (len(steps) - 1),) * 2

@@ -18,7 +18,7 @@ from finetune.rows import stream
 from finetune.rows.sources import Block
 from finetune.train import prepare
 from tests.invariants.test_sft import final_digest, losses_and_norms, train
-from tests.runs import finetune, write_recipe
+from tests.runs import finetune, write_recipe, write_rows
 
 STREAMED = ("data.streaming=true", "training.num_train_epochs=null")
 
@@ -45,6 +45,19 @@ def test_pairs_go_on_where_a_run_ended(tmp_path, tiny_folder):
     recipe = write_recipe(tmp_path, tiny_folder, max_steps=6, save_steps=3, lr_scheduler_type="constant")
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     overrides = [*STREAMED, "method=dpo", f"data.train.0.path={pairs}", "data.packing=true", "lora={rank: 4}"]
+    whole = train(recipe, tmp_path / "whole", *overrides)
+    parts = train(recipe, tmp_path / "parts", *overrides, "training.max_steps=3")
+    train(recipe, parts, *overrides)
+    assert final_digest(parts) == final_digest(whole)
+    assert losses_and_norms(parts) == losses_and_norms(whole)
+
+
+@pytest.mark.parametrize("options", [(), STREAMED, ("data.packing=true", "training.num_train_epochs=null")])
+def test_a_mix_goes_on_where_a_run_ended(tmp_path, tiny_folder, options):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=6, save_steps=3, lr_scheduler_type="constant")
+    few = write_rows(tmp_path / "few.jsonl", 5, seed=1)
+    rows = tmp_path / "train.jsonl"
+    overrides = [*options, f"data.train=[{{path: {rows}, weight: 3}}, {{path: {few}, weight: 1}}]", "lora={rank: 4}"]
     whole = train(recipe, tmp_path / "whole", *overrides)
     parts = train(recipe, tmp_path / "parts", *overrides, "training.max_steps=3")
     train(recipe, parts, *overrides)

@@ -24,7 +24,7 @@ from finetune.arguments import (
     piped_prompt,
     read_api_key,
 )
-from finetune.errors import ArgumentError, Fault, FinetuneError, UserError, did_you_mean
+from finetune.errors import ArgumentError, Fault, FinetuneError, Interrupted, UserError, did_you_mean
 from finetune.export.formats import DTYPES, FORMATS
 
 app = typer.Typer(
@@ -430,7 +430,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         from finetune.console import printable
         from finetune.report.manifest import redact  # an address in a message may hold a password
 
-        text = traceback.format_exc().rstrip() if debug else f"error: {_describe(error)}"
+        said = _describe(error) if isinstance(error, Interrupted) else f"error: {_describe(error)}"
+        text = traceback.format_exc().rstrip() if debug else said
         print(printable(redact(text)), file=sys.stderr)
         return _exit_code(error)
 

@@ -219,7 +219,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-_LINE = "{:<20}  {:<34}  {:>8}  {:>8}  {:>9}"
+_LINE = "{:<18}  {:<30}  {:>7}  {:>7}  {:>9}"  # 79 columns
 
 
 def _print_lines(name: str, benchmark: Benchmark, result: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ where a page is not what this writes.
 from __future__ import annotations
 
 import ast
+import html
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -114,7 +115,7 @@ def recipe_table(name: str, language: Language) -> str:
     lines = [f"| {language.words['head']} |", "| --- | --- | --- | --- |"]
     for key, field in schema.SECTIONS[name].model_fields.items():
         cells = f"`{key}`", default_of(field, language), values_of(field, language), language.meanings[f"{name}.{key}"]
-        lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     return "\n".join(lines)
 
 
@@ -174,8 +175,7 @@ def losses_table(language: Language) -> str:
             raise KeyError(f"the docstring of {kind.function.__name__} has no line 'loss = ...' or no arXiv number")
         keys = ", ".join(f"`{key}`" for key in kind.options)
         reference = language.words["yes" if kind.has_reference else "no"]
-        # A bar in a cell's code cannot be escaped for every reader of Markdown; this one looks the same.
-        lines.append(f"| `{name}` | `{formula[1].replace('|', '∣')}` | {keys} | {reference} | {paper[0]} |")
+        lines.append(f"| `{name}` | {_code(formula[1])} | {keys} | {reference} | {paper[0]} |")
     return "\n".join(lines)
 
 
@@ -183,9 +183,19 @@ def forms_table(language: Language) -> str:
     """The forms of rows, and what the sketch of a row does not say."""
     lines = [f"| {language.words['forms head']} |", "| --- | --- | --- |"]
     for name, form in FORMS.items():
-        row = f"`{form.row}` {language.meanings[f'forms.{name}']}".strip()
-        lines.append(f"| `{name}` | {row.replace('|', '∣')} | {', '.join(f'`{m}`' for m in methods_on(form.kind))} |")
+        row = _cell(f"`{form.row}` {language.meanings[f'forms.{name}']}".strip())
+        lines.append(f"| `{name}` | {row} | {', '.join(f'`{method}`' for method in methods_on(form.kind))} |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text with code in a cell."""
+    return re.sub(r"`([^`]*)`", lambda match: _code(match[1]), text).replace("|", r"\|")
+
+
+def _code(text: str) -> str:
+    """Code in a cell. GitHub and the site agree on a bar in it only where it is written so."""
+    return f"`{text}`" if "|" not in text else f"<code>{html.escape(text, quote=False).replace('|', '&#124;')}</code>"
 
 
 def needs_table(language: Language) -> str:

@@ -139,7 +139,8 @@ def test_extras_that_the_pages_install_are_those_of_the_package():
 def test_recipes_of_the_pages_are_valid(page, tmp_path):
     for language, text in blocks(page):
         if language == "yaml":
-            (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+            rest = "" if text.startswith("method:") else "method: sft\nmodel: {path: model}\n"  # a part of a recipe
+            (tmp_path / "recipe.yaml").write_text(rest + text, encoding="utf-8")
             load_recipe(tmp_path / "recipe.yaml")
 
 

@@ -21,6 +21,11 @@ def quantization_of(recipe: Recipe) -> Quantization | None:
     return None if model.quantization == "none" else Quantization(model.quantization, model.double_quantization)
 
 
+# Of each number of the one matrix that is made whole by Paddle's operations: indices of pairs, levels, scales, product
+# (compute/frozen.py). On CPU it is made in its place.
+_COMPOSED_BYTES = 14
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Bytes by kind, and counts of parameters."""
@@ -91,9 +96,8 @@ def _weight_bytes(config: Architecture, size: int, quantization: Quantization | 
     if quantization is None:
         return config.parameters * size
     kept = sum(quantization.nbytes(linear.inputs, linear.outputs) for linear in linears)
-    # One matrix at a time is made whole.
-    largest = max(linear.inputs * linear.outputs for linear in linears)
-    return kept + (config.parameters - sum(linear.inputs * linear.outputs for linear in linears) + largest) * size
+    whole = max(linear.inputs * linear.outputs for linear in linears) * (4 if size == 4 else _COMPOSED_BYTES)
+    return kept + (config.parameters - sum(linear.inputs * linear.outputs for linear in linears)) * size + whole
 
 
 def _state_bytes(optim: str, size: int) -> float:

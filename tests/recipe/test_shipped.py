@@ -23,6 +23,8 @@ def test_the_set_is_whole():
         for tuning in ("lora", "full"):
             wanted = {f"qwen2-{size}_sft_{tuning}", f"qwen2-{size}-instruct_sft_{tuning}"}
             assert wanted | {f"qwen2-{size}-instruct_dpo_{tuning}"} <= names
+    for size in ("7b", "72b"):
+        assert {f"qwen2-{size}-instruct_sft_qlora", f"qwen2-{size}-instruct_dpo_qlora"} <= names
     assert {"quickstart_sft_lora", "quickstart_sft_full"} <= names
 
 
@@ -31,7 +33,8 @@ def test_recipe_is_valid_and_says_what_its_name_says(file, tmp_path):
     recipe = load_recipe(file)
     model, method, tuning = file.stem.split("_")
     assert recipe.method == method
-    assert (recipe.lora is not None) == (tuning == "lora")
+    assert (recipe.lora is not None) == (tuning != "full")
+    assert (recipe.model.quantization != "none") == (tuning == "qlora")
     if model.startswith("qwen2"):
         assert recipe.model.path.lower() == f"qwen/{model}"
     copy = tmp_path / "copy.yaml"

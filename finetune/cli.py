@@ -30,7 +30,8 @@ from finetune.export.formats import DTYPES, FORMATS
 app = typer.Typer(
     name="finetune",
     help="Fine-tune Qwen2-family models on PaddlePaddle: SFT and DPO, full or LoRA.\n\n"
-    "MODEL is a hub id, a model folder (Hugging Face or PaddleNLP), an adapter folder, a checkpoint or a run's folder. "
+    "MODEL is a hub id, a model folder (Hugging Face or PaddleNLP), an adapter folder, a checkpoint, a run's folder "
+    "or a GGUF file. "
     "A hub id may name its hub and revision: hf:OWNER/NAME@REVISION, modelscope:, aistudio:, paddlenlp:.",
     epilog="Example: finetune train qwen2-0.5b-instruct_sft_lora --dry-run",
     add_completion=False,

@@ -63,7 +63,7 @@ LATE = {
         ("evaluate/run.py", "lm_eval"),
         ("evaluate/run.py", "datasets"),
         ("evaluate/run.py", "finetune.evaluate.harness"),
-        ("export/gguf.py", "gguf"),
+        ("model/gguf/package.py", "gguf"),
     },
     "takes hold of the terminal": {("infer/chat.py", "readline")},
     "paddle takes seconds, and is brought up quietly": {

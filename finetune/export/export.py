@@ -66,7 +66,8 @@ def export(
         model: A MODEL as on the command line.
         output_dir: Must not exist, or be empty.
         format: hf, paddle, peft (the adapter alone) or gguf.
-        dtype: auto (as the model is stored), float32, bfloat16, float16; gguf also q8_0.
+        dtype: auto (as the model is stored; what is quantized becomes float32), float32, bfloat16, float16; gguf also
+            q8_0, q5_1, q5_0, q4_1, q4_0.
         verify: Read the result back and compare its logits with the model's.
         allow_pickle: Read pickled weights too, see `finetune.model.pickled`.
         say: Where the summary goes, one line each.

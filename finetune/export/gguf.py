@@ -1,25 +1,35 @@
 """GGUF files, as llama.cpp and what is built on it read them, by way of the `gguf` package (the extra `gguf`).
 
-Names and metadata follow llama.cpp's convert_hf_to_gguf.py for Qwen2: vectors stay float32, a matrix whose rows are no
-multiple of 32 is stored as float16 where Q8_0 was asked for.
+Names and metadata follow llama.cpp's convert_hf_to_gguf.py. Vectors stay float32, and a matrix whose rows are no whole
+number of blocks becomes float16. What gives the logits is stored in 8 bits where the other matrices get 4 or 5: so does
+llama-quantize, with Q6_K, which the package reads and cannot make (nor the other K-quants).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
+from finetune.chat.messages import Conversation
+from finetune.chat.render import render_conversation
 from finetune.chat.tokenizer import Tokenizer
-from finetune.errors import ArgumentError, CheckpointError
+from finetune.errors import CheckpointError, DataError
+from finetune.export.formats import QUANTIZED
 from finetune.files import new_folder
-from finetune.model.family import Architecture
+from finetune.model.family import EMBEDDING, HEAD, Architecture
+from finetune.model.gguf.package import gguf_package
+from finetune.model.gguf.tensors import gguf_names
+from finetune.model.tensorfile import Array
 from finetune.model.weights import Weight, numpy_dtype
 from finetune.model.write import cast, generation_config
 
-_BLOCK = 32  # Q8_0: 32 numbers share a scale
-_FILE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
+# By what `--dtype` calls them: the type's name in GGUF.
+TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"} | {name: name.upper() for name in QUANTIZED}
+_FILE_KINDS = {"F32": "ALL_F32"}  # of all others: MOSTLY_ and the name
 
 
 def write_gguf(
@@ -32,13 +42,13 @@ def write_gguf(
     generation: Path | None,
     name: str,
 ) -> None:
-    """Write `folder/model-<DTYPE>.gguf`, one tensor in memory at a time.
+    """Write `folder/model-<TYPE>.gguf`, one tensor in memory at a time.
 
     Args:
         config: The model's description.
         weights: By Hugging Face name.
         folder: Must not exist, or be empty.
-        dtype: float32, float16, bfloat16 or q8_0.
+        dtype: A key of `TYPES`.
         tokenizer: Folder with the tokenizer.
         generation: The model's generation_config.json, where it has one.
         name: The model's, for display.
@@ -47,22 +57,15 @@ def write_gguf(
         ArgumentError: the gguf package is missing, or a weight is too large for float16.
         CheckpointError: the tokenizer cannot be read, or the folder not written.
     """
-    gguf = _package()
+    gguf = gguf_package("--format gguf")
     with new_folder(Path(folder)) as partial:
-        writer = gguf.GGUFWriter(partial / f"model-{_FILE_NAMES[dtype]}.gguf", config.GGUF)
+        writer = gguf.GGUFWriter(partial / f"model-{TYPES[dtype]}.gguf", config.GGUF)
         _add_sizes(writer, gguf, config, dtype, name)
         _add_tokenizer(writer, gguf, config, tokenizer, generation)
-        names = _names(gguf, config)
-        kinds = {name: _kind(name, weight.shape, dtype) for name, weight in weights.items()}
+        names, output = gguf_names(config), _output(config)
+        kinds = {name: _kind(gguf, weight.shape, dtype, name == output) for name, weight in weights.items()}
         for name, weight in weights.items():
-            kind = gguf.GGMLQuantizationType[_FILE_NAMES[kinds[name]]]
-            shape = gguf.quant_shape_to_byte_shape(weight.shape, kind) if kinds[name] in ("q8_0", "bfloat16") else None
-            if shape is None:
-                item = numpy_dtype(kinds[name])
-                size = int(np.prod(weight.shape)) * item.itemsize
-                writer.add_tensor_info(names[name], weight.shape, item, size, kind)
-            else:
-                writer.add_tensor_info(names[name], shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+            _add_info(writer, gguf, names[name], weight.shape, kinds[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -71,60 +74,56 @@ def write_gguf(
         writer.close()
 
 
-def read_gguf(config: Architecture, folder: Path) -> dict[str, Weight]:
-    """The weights of a file that `write_gguf` wrote, made float32 again, by Hugging Face name.
+def as_stored(config: Architecture, weights: dict[str, Weight], dtype: str) -> dict[str, Weight]:
+    """The weights as a file of this dtype gives them back, in float32."""
+    gguf, output = gguf_package("--format gguf"), _output(config)
 
-    Raises:
-        CheckpointError: tensors are missing, unexpected or of another shape.
-    """
-    gguf = _package()
-    path = next(folder.glob("*.gguf"))
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    names, shapes = _names(gguf, config), config.shapes
-    if set(tensors) != set(names.values()):
-        raise CheckpointError(f"tensors differ: {sorted(set(tensors) ^ set(names.values()))[:5]}", where=str(path))
+    def rounded(name: str, weight: Weight) -> Weight:
+        kind = _kind(gguf, weight.shape, dtype, name == output)
+        stored = gguf.GGMLQuantizationType[TYPES[kind]]
 
-    def weight(name: str) -> Weight:
-        tensor = tensors[names[name]]
-        if tuple(int(size) for size in tensor.shape[::-1]) != shapes[name]:
-            raise CheckpointError(f"tensor {tensor.name!r} has shape {list(tensor.shape)}", where=str(path))
-        read = lambda: gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shapes[name])  # noqa: E731
-        return Weight(np.dtype(np.float32), shapes[name], read)
+        def read() -> Array:
+            return gguf.dequantize(_encoded(gguf, weight.read(), kind, name), stored).reshape(weight.shape)
 
-    return {name: weight(name) for name in shapes}
+        return Weight(np.dtype(np.float32), weight.shape, read)
+
+    return {name: rounded(name, weight) for name, weight in weights.items()}
 
 
-def _package():
-    try:
-        import gguf
-    except ImportError as error:
-        fix = "Install it: pip install 'paddle-finetune[gguf]'."
-        raise ArgumentError("the gguf package is not installed", where="--format gguf", fix=fix) from error
-    return gguf
+def _output(config: Architecture) -> str:
+    """The matrix that gives the logits."""
+    return f"{EMBEDDING if config.tie_word_embeddings else HEAD}.weight"
 
 
-def _names(gguf, config: Architecture) -> dict[str, str]:
-    """Hugging Face name -> GGUF name."""
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == config.GGUF)
-    table = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    return {name: table.get_name(name, (".weight", ".bias")) for name in config.shapes}
-
-
-def _kind(name: str, shape: tuple[int, ...], dtype: str) -> str:
+def _kind(gguf: ModuleType, shape: tuple[int, ...], dtype: str, is_output: bool) -> str:
+    """What a tensor is stored as."""
     if len(shape) == 1:
         return "float32"
-    return "float16" if dtype == "q8_0" and shape[-1] % _BLOCK else dtype
+    if dtype not in QUANTIZED:
+        return dtype
+    block, _ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[TYPES[dtype]]]
+    return "float16" if shape[-1] % block else "q8_0" if is_output else dtype
 
 
-def _encoded(gguf, array: np.ndarray, kind: str, name: str) -> np.ndarray:
+def _add_info(writer: Any, gguf: ModuleType, name: str, shape: tuple[int, ...], kind: str) -> None:
+    stored = gguf.GGMLQuantizationType[TYPES[kind]]
+    if kind in ("float32", "float16"):
+        item = numpy_dtype(kind)
+        writer.add_tensor_info(name, shape, item, int(np.prod(shape)) * item.itemsize, stored)
+    else:
+        size = gguf.quant_shape_to_byte_shape(shape, stored)
+        writer.add_tensor_info(name, size, np.dtype(np.uint8), int(np.prod(size)), stored)
+
+
+def _encoded(gguf: ModuleType, array: Array, kind: str, name: str) -> Array:
     """The tensor as its bytes go into the file."""
-    if kind == "q8_0":
-        return gguf.quantize(array.astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+    if kind in QUANTIZED:
+        return gguf.quantize(array.astype(np.float32), gguf.GGMLQuantizationType[TYPES[kind]])
     array = np.ascontiguousarray(cast(array, kind, name))
     return array.view(np.uint8) if kind == "bfloat16" else array
 
 
-def _add_sizes(writer, gguf, config: Architecture, dtype: str, name: str) -> None:
+def _add_sizes(writer: Any, gguf: ModuleType, config: Architecture, dtype: str, name: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
@@ -135,12 +134,12 @@ def _add_sizes(writer, gguf, config: Architecture, dtype: str, name: str) -> Non
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    kind = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}[dtype]
-    writer.add_file_type(gguf.LlamaFileType[kind])
+    kind = TYPES[dtype]
+    writer.add_file_type(gguf.LlamaFileType[_FILE_KINDS.get(kind, f"MOSTLY_{kind}")])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_tokenizer(writer, gguf, config: Architecture, folder: Path, generation: Path | None) -> None:
+def _add_tokenizer(writer: Any, gguf: ModuleType, config: Architecture, folder: Path, generation: Path | None) -> None:
     """Vocabulary, merges, special tokens and the chat template. Ids the tokenizer does not use become [PADn]."""
     tokenizer = Tokenizer.from_folder(folder)
     content = json.loads(tokenizer.backend.to_str())
@@ -166,7 +165,10 @@ def _add_tokenizer(writer, gguf, config: Architecture, folder: Path, generation:
     writer.add_token_types([kind(number) for number in range(size)])
     writer.add_token_merges(merges)
     stops = generation_config(config, folder, generation).get("eos_token_id") or [tokenizer.eos_token_id]
-    writer.add_eos_token_id(stops[0])
+    turn_end = _turn_end(tokenizer)
+    writer.add_eos_token_id(stops[0] if turn_end is None else turn_end)
+    if turn_end is not None:
+        writer.add_eot_token_id(turn_end)
     # Left out, llama.cpp takes 11 for it, which is a comma.
     starts = [number for number, token in added.items() if token["content"] == "<|endoftext|>"]
     bos = config.bos_token_id if config.bos_token_id is not None else next(iter(starts), None)
@@ -176,3 +178,18 @@ def _add_tokenizer(writer, gguf, config: Architecture, folder: Path, generation:
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _turn_end(tokenizer: Tokenizer) -> int | None:
+    """The token that the chat template writes after an answer; None without a template, or where it writes none."""
+    if tokenizer.chat_template is None:
+        return None
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    try:
+        rendered = render_conversation(tokenizer, Conversation(messages, None, "the model's chat template"))
+    except DataError:
+        return None
+    answer = rendered.text[slice(*rendered.spans[-1])]
+    return next(
+        (tokenizer.backend.token_to_id(token) for token in tokenizer.special_texts if answer.endswith(token)), None
+    )

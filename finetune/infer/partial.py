@@ -187,12 +187,11 @@ def hash_model(source: ModelSource, output: Path) -> str:
 
     Only files that a model is made of: `output`, and what is kept beside it, may lie in the same folder.
     """
-    folders = [source.folder] + ([source.base.folder] if source.base else [])
     files = [
         (str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns)
-        for folder in folders
-        for file in sorted(folder.iterdir())
-        if any(file.match(pattern) for pattern in HUB_PATTERNS) and not file.name.startswith(".")
+        for model in filter(None, (source, source.base))
+        for file in [*sorted(model.folder.iterdir()), *(model.weight_files if model.gguf else ())]
+        if any(file.match(pattern) for pattern in (*HUB_PATTERNS, "*.gguf")) and not file.name.startswith(".")
         if file.is_file() and file.resolve() != output.resolve()
     ]
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()

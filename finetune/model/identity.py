@@ -22,7 +22,7 @@ def model_digest(source: ModelSource) -> str:
         for name in ("config.json", "adapter_config.json", "lora_config.json", *TOKENIZER_FILES):
             if (folder / name).is_file():
                 digest.update(name.encode() + (folder / name).read_bytes())
-    for path in sorted(source.folder.glob("*.safetensors")):
+    for path in source.weight_files:
         digest.update(f"{path.name} {_sample(path)}".encode())
     if source.base is not None:
         digest.update(model_digest(source.base).encode())

@@ -106,7 +106,7 @@ def _keep_base(folder: Path, copy: Path) -> None:
         if (copy / config).exists():
             raw = read_json(copy / config)
             base = raw.get("base_model_name_or_path")
-            if isinstance(base, str) and not os.path.isdir(base) and os.path.isdir(folder / base):
+            if isinstance(base, str) and not os.path.exists(base) and os.path.exists(folder / base):
                 write_json(copy / config, raw | {"base_model_name_or_path": str((folder / base).resolve())})
 
 

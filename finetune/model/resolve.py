@@ -12,6 +12,9 @@ from finetune.files import read_json
 from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
 from finetune.model.config import read_config
 from finetune.model.family import Architecture
+from finetune.model.gguf.container import parts_of
+from finetune.model.gguf.describe import companions
+from finetune.model.gguf.package import gguf_package
 from finetune.model.hubs.fetch import fetch
 from finetune.model.hubs.hub import parse_repo
 from finetune.model.tensorfile import TensorFolder
@@ -34,8 +37,9 @@ class ModelSource:
         base: The model an adapter belongs to; None for a whole model.
         config: The model's description; of the base for an adapter.
         name: What the user called it.
-        layout: `hf` or `paddle`; for an adapter `peft` or `paddle`.
+        layout: `hf`, `paddle` or `gguf`; for an adapter `peft` or `paddle`.
         stem: Name of the tensor file or index, before `.safetensors`.
+        gguf: The file with the weights (of several: the first), and `folder` has what stands in it besides.
         lora: An adapter's settings; None for a whole model.
         base_name: What the adapter's config calls its base, for writing the adapter again.
     """
@@ -49,6 +53,17 @@ class ModelSource:
     stem: str
     lora: LoraSettings | None = None
     base_name: str | None = None
+    gguf: Path | None = None
+
+    @property
+    def place(self) -> Path:
+        """The file or folder with the weights, for messages and for other programs."""
+        return self.gguf or self.folder
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files with the weights, of an adapter its own."""
+        return parts_of(self.gguf) if self.gguf else sorted(self.folder.glob("*.safetensors"))
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -67,7 +82,7 @@ class ModelSource:
     def hub_or_folder(self) -> str:
         """How an adapter trained on this model names it: as a hub names it, or the absolute folder."""
         repo = None if os.path.exists(os.path.expanduser(self.name)) else parse_repo(self.name, "model")
-        return str(repo or self.folder.resolve())
+        return str(repo or self.place.resolve())
 
 
 def resolve_model(name: str | Path) -> ModelSource:
@@ -75,7 +90,7 @@ def resolve_model(name: str | Path) -> ModelSource:
 
     Args:
         name: Hub id (`PREFIX:OWNER/NAME@REVISION`, prefix and revision may be absent), folder with a model or an
-            adapter in any layout, checkpoint folder, or run folder.
+            adapter in any layout, checkpoint folder, run folder, or GGUF file.
 
     Raises:
         CheckpointError: not found, incomplete, damaged, of another kind, or pickled; the message says what to do.
@@ -86,12 +101,21 @@ def resolve_model(name: str | Path) -> ModelSource:
         raise CheckpointError("the model's name is empty or has a NUL character", where=repr(name))
     if os.path.isdir(folder):  # unlike Path.is_dir, never raises
         return _from_folder(folder, name)
+    if os.path.isfile(folder) and folder.suffix == ".gguf":
+        return _from_gguf(folder, name)
     if os.path.exists(folder):
-        raise CheckpointError("is a file", where=name, fix="Name the folder it is in.")
+        raise CheckpointError("is a file", where=name, fix="Name the folder it is in; only GGUF files are models.")
     repo = None if _looks_like_path(name) else parse_repo(name, "model")
     if repo is None:
         raise CheckpointError("there is no such folder", where=name, fix=_nearest_folder(folder))
     return _from_folder(fetch(repo, HUB_PATTERNS), name)
+
+
+def _from_gguf(file: Path, name: str) -> ModelSource:
+    gguf_package(name)
+    first = parts_of(file)[0]
+    folder = companions(first)
+    return ModelSource("hf", folder, None, _config(folder), name, "gguf", "", gguf=first)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -176,14 +200,14 @@ def _adapter(folder: Path, name: str, config_file: str, stems: tuple[str, ...], 
 
 def _at_revision(base_name: str, revision: object) -> str:
     """The base with the revision that PEFT names beside it."""
-    return f"{base_name}@{revision}" if isinstance(revision, str) and not os.path.isdir(base_name) else base_name
+    return f"{base_name}@{revision}" if isinstance(revision, str) and not _is_there(base_name) else base_name
 
 
 def _base(base_name: str, folder: Path, config_file: Path) -> ModelSource:
     """The adapter's base: relative to the working directory, then to the adapter's folder, then the hub."""
     beside = folder / base_name
     try:
-        chosen = beside if not os.path.isdir(base_name) and os.path.isdir(beside) else base_name
+        chosen = beside if not _is_there(base_name) and _is_there(beside) else base_name
         if os.path.isdir(chosen) and Path(chosen).resolve() == folder.resolve():
             raise CheckpointError("names itself as its base model", where=str(config_file))
         if os.path.isdir(chosen) and (Path(chosen) / config_file.name).exists():
@@ -192,10 +216,15 @@ def _base(base_name: str, folder: Path, config_file: Path) -> ModelSource:
             raise CheckpointError(what, where=str(config_file), fix=fix)
         return resolve_model(chosen)
     except CheckpointError as error:
-        if os.path.isdir(base_name) or os.path.isdir(beside):
+        if _is_there(base_name) or _is_there(beside):
             raise
         fix = f"Put the base model there, or correct base_model_name_or_path in {config_file}."
         raise CheckpointError(f"the adapter's base model cannot be had: {error}", where=str(folder), fix=fix) from error
+
+
+def _is_there(path: str | Path) -> bool:
+    """Whether it can be a model on this machine."""
+    return os.path.isdir(path) or (os.path.isfile(path) and Path(path).suffix == ".gguf")
 
 
 def _config(folder: Path) -> Architecture:
@@ -226,7 +255,8 @@ def _folders_inside(folder: Path) -> str | None:
     """A hint for someone who named the folder above."""
     try:
         for path in sorted(folder.iterdir()):
-            if path.is_dir() and ((path / "config.json").exists() or (path / "adapter_config.json").exists()):
+            inside = (path / "config.json").exists() or (path / "adapter_config.json").exists()
+            if (path.is_dir() and inside) or path.suffix == ".gguf":
                 return f"Did you mean {str(path)!r}?"
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder)) from error

@@ -15,6 +15,7 @@ from finetune.model import convert
 from finetune.model.adapters import LoraSettings, target_names
 from finetune.model.config import DTYPES
 from finetune.model.family import EMBEDDING, HEAD, Architecture
+from finetune.model.gguf.tensors import GgufTensors, open_gguf
 from finetune.model.resolve import ModelSource
 from finetune.model.tensorfile import Array, Dtype, TensorFolder
 
@@ -90,14 +91,14 @@ def base_weights(source: ModelSource) -> dict[str, Weight]:
     return {name: weight(name, shape) for name, shape in config.shapes.items()}
 
 
-def open_tensors(source: ModelSource) -> TensorFolder:
+def open_tensors(source: ModelSource) -> TensorFolder | GgufTensors:
     """The weights of a whole model, compared with its config by name, shape and dtype.
 
     Raises:
         CheckpointError: tensors missing, unexpected, of another shape, or not floating point; the first few are named.
     """
-    tensors = TensorFolder(source.folder, source.stem)
-    config, where = source.config, str(source.folder)
+    tensors = open_gguf(source.gguf, source.config) if source.gguf else TensorFolder(source.folder, source.stem)
+    config, where = source.config, str(source.place)
     layers = _layers_in(tensors, config.layer_prefix(source.layout))
     if layers != config.num_hidden_layers:
         what = f"config.json says {config.num_hidden_layers} layers, the weights have {layers}"
@@ -119,7 +120,7 @@ def open_tensors(source: ModelSource) -> TensorFolder:
 
 def expected_shapes(config: Architecture, layout: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes a model folder in this layout must have."""
-    if layout == "hf":
+    if layout != "paddle":
         return dict(config.shapes)
     return {config.paddle_name(name): config.paddle_shape(name) for name in config.shapes}
 
@@ -141,7 +142,7 @@ def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
     return faults
 
 
-def _wrong_dtypes(tensors: TensorFolder, where: str) -> list[Fault]:
+def _wrong_dtypes(tensors: TensorFolder | GgufTensors, where: str) -> list[Fault]:
     return [
         Fault(f"tensor {name[:200]!r} is {entry.dtype}", where, "Weights are floating point numbers.")
         for name, entry in tensors.entries.items()
@@ -149,11 +150,11 @@ def _wrong_dtypes(tensors: TensorFolder, where: str) -> list[Fault]:
     ][:_MOST_FAULTS]
 
 
-def _layers_in(tensors: TensorFolder, prefix: str) -> int:
+def _layers_in(tensors: TensorFolder | GgufTensors, prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in tensors.entries if name.startswith(prefix)})
 
 
-def _check_spare_head(tensors: TensorFolder, source: ModelSource) -> None:
+def _check_spare_head(tensors: TensorFolder | GgufTensors, source: ModelSource) -> None:
     """A tied folder may repeat the embeddings as head; a different head means that it is not tied."""
     embedding, config = f"{EMBEDDING}.weight", source.config
     embedding = config.paddle_name(embedding) if source.layout == "paddle" else embedding

@@ -185,7 +185,7 @@ def _refuse_to_delete_inputs(prepared: Prepared, output: Path) -> None:
         sources |= {"dpo.reference": reference, "the base of dpo.reference": reference.base}
     doomed = [(output / name).resolve() for name in ("final", "checkpoints")]
     for key, source in sources.items():
-        folder = None if source is None else source.folder.resolve()
+        folder = None if source is None else source.place.resolve()
         if folder is not None and any(place == folder or place in folder.parents for place in doomed):
             raise ArgumentError(
                 f"{key} is {folder}, which a new run in {output} would delete",

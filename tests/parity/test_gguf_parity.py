@@ -106,11 +106,10 @@ def test_greedy_tokens_in_float32_are_ours(answers, folder, job):
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_logits_of_the_likeliest_tokens_are_those_of_the_file(answers, exported, folder, job, dtype):
     """As differences to the likeliest one's: llama.cpp tells log-probabilities, whose sum over 151,936 it rounds."""
-    from finetune.export.verify import load_gguf
     from finetune.infer.engine import Engine
-    from finetune.model.resolve import resolve_model
+    from finetune.model.load import load_model
 
-    engine = Engine(load_gguf(resolve_model(str(folder)), exported[dtype]).model)
+    engine = Engine(load_model(next(exported[dtype].glob("*.gguf")), dtype="float32").model)
     _, logits = engine.decoder.read([np.array(prompt) for prompt in job["prompts"]])
     for row, first in zip(logits.numpy(), answers[dtype]["first"], strict=True):
         ids, theirs = [int(token) for token in first], np.array(list(first.values()))

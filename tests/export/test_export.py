@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.errors import ArgumentError, CheckpointError, FinetuneError
 from finetune.export.export import export
+from finetune.export.formats import QUANTIZED
 from finetune.model.adapters import LoraSettings
 from tests.model.compute import logits, shake
 from tests.model.test_resolve import adapter as adapter_folder
@@ -101,6 +102,28 @@ def test_gguf(tied, dtype, tmp_path):
     assert reader.fields["qwen2.rope.freq_base"].contents() == 1e6
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [name for name in QUANTIZED if name != "q8_0"])
+def test_four_and_five_bits(dtype, tied, tmp_path):
+    """Matrices as the package rounds them, what gives the logits in 8 bits, vectors whole, odd rows in float16."""
+    gguf = pytest.importorskip("gguf")
+    folder = tiny_model(tmp_path / "m", tied=tied)
+    export(folder, tmp_path / "out", format="gguf", dtype=dtype, say=lambda line: None)
+    reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
+    kinds = gguf.GGMLQuantizationType
+    expected = {
+        "blk.0.attn_q.weight": ("model.layers.0.self_attn.q_proj.weight", kinds[dtype.upper()]),
+        "blk.1.ffn_down.weight": ("model.layers.1.mlp.down_proj.weight", kinds.F16),  # rows of 48
+        "blk.1.attn_norm.weight": ("model.layers.1.input_layernorm.weight", kinds.F32),
+        "token_embd.weight": ("model.embed_tokens.weight", kinds.Q8_0 if tied else kinds[dtype.upper()]),
+    } | ({} if tied else {"output.weight": ("lm_head.weight", kinds.Q8_0)})
+    weights, found = tiny_weights(tied=tied), {tensor.name: tensor for tensor in reader.tensors}
+    for name, (original, kind) in expected.items():
+        assert found[name].tensor_type == kind
+        assert found[name].data.tobytes() == gguf.quantize(weights[original], kind).tobytes()
+    assert reader.fields["general.file_type"].contents() == gguf.LlamaFileType[f"MOSTLY_{dtype.upper()}"]
+
+
 @pytest.mark.parametrize("bos", [401, None])
 def test_gguf_has_a_first_token(bos, tmp_path):
     gguf = pytest.importorskip("gguf")
@@ -132,7 +155,8 @@ def test_an_adapter_with_a_tokenizer_of_its_own_keeps_the_bases_generation_confi
 
 def test_every_number_format_of_gguf_by_command(tiny_untied_folder, tmp_path, capsys):
     pytest.importorskip("gguf")
-    for dtype, name in {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}.items():
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"} | {name: name.upper() for name in QUANTIZED}
+    for dtype, name in names.items():
         out = tmp_path / dtype
         assert finetune("export", tiny_untied_folder, out, "--format", "gguf", "--dtype", dtype, "--verify") == 0
         assert [path.name for path in out.iterdir()] == [f"model-{name}.gguf"]

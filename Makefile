@@ -13,7 +13,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.13 python3.10 python3
 IS_USABLE = import ensurepip, sys, venv; sys.exit(not (3, $(1)) <= sys.version_info < (3, 14))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check quick test soak parity bench docs clean
+.PHONY: help install demo check lint types quick test soak parity bench docs clean
 
 # The rooms whose tests start no training.
 QUICK := $(addprefix tests/,chat recipe report rows tools) \
@@ -35,9 +35,11 @@ endif
 
 help:
 	@echo 'make demo      the main job on this CPU: base model, SFT, DPO, generate, export; numbers before and after'
-	@echo 'make check     lint, format and types, in seconds'
+	@echo 'make check     lint and types, in seconds'
+	@echo 'make lint      what ruff finds, and whether it would format anything'
+	@echo 'make types     what mypy finds'
 	@echo 'make quick     the tests that start no training, in a minute and a half'
-	@echo 'make test      make check, then the whole test suite with the coverage it must reach'
+	@echo 'make test      make lint, then the whole test suite with the coverage it must reach'
 	@echo 'make soak      100 kills of training runs, every damage to a checkpoint, 40,000 fuzz cases; about 10 minutes'
 	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
 	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
@@ -50,15 +52,19 @@ install: $(READY)
 demo: $(READY)
 	@$(VENV)/bin/python -m finetune.quickstart
 
-check: $(READY)
-	@$(VENV)/bin/python -m ruff check
-	@$(VENV)/bin/python -m ruff format --check
-	@$(VENV)/bin/python -m mypy
+check: lint types
+
+lint: $(READY)
+	@$(VENV)/bin/python -m ruff check --quiet
+	@$(VENV)/bin/python -m ruff format --check --quiet
+
+types: $(READY)
+	@$(VENV)/bin/python -m mypy --no-error-summary
 
 quick: $(READY)
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(QUICK)
 
-test: $(READY)
+test: lint
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered tests --ignore=tests/parity
 
 soak: $(READY)

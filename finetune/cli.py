@@ -24,7 +24,7 @@ from finetune.arguments import (
     piped_prompt,
     read_api_key,
 )
-from finetune.errors import ArgumentError, Fault, FinetuneError, UserError, did_you_mean
+from finetune.errors import ArgumentError, Fault, FinetuneError, Interrupted, UserError, did_you_mean
 from finetune.export.formats import DTYPES, FORMATS
 
 app = typer.Typer(
@@ -101,7 +101,24 @@ TopP = Annotated[
 TopK = Annotated[
     int | None, typer.Option(parser=_whole(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
 ]
+Dtype = Annotated[
+    str, typer.Option(parser=_choice("auto", "float32", "bfloat16", "float16"), metavar="D", help="Of the weights.")
+]
+Quantization = Annotated[
+    str,
+    typer.Option(
+        parser=_choice("none", "nf4", "int8"),
+        metavar="none|nf4|int8",
+        help="Of the layers: less memory, slower.",
+    ),
+]
 Seed = Annotated[int | None, typer.Option(parser=_whole(0), metavar="S", help="Makes the draws repeatable.")]
+
+
+def _held(dtype: str, quantization: str) -> Any:
+    from finetune.infer.open import Held
+
+    return Held(dtype, quantization)
 
 
 @app.callback(invoke_without_command=True)
@@ -156,6 +173,8 @@ def generate(
     on_bad_row: Annotated[
         str, typer.Option(parser=_choice("error", "skip"), metavar="error|skip", help="Rows of FILE that are wrong.")
     ] = "error",
+    dtype: Dtype = "auto",
+    quantization: Quantization = "none",
 ) -> None:
     """Answer one prompt, or every row of a file. The same command again goes on where a file was interrupted."""
     if prompt is not None and input is not None:
@@ -179,6 +198,7 @@ def generate(
         batch_size=batch_size,
         raw=raw,
         on_bad_row=on_bad_row,
+        held=_held(dtype, quantization),
     )
 
 
@@ -194,6 +214,8 @@ def chat(
     compare: Annotated[
         str | None, typer.Option(metavar="BASE", help="A second model that answers too, such as the one tuned.")
     ] = None,
+    dtype: Dtype = "auto",
+    quantization: Quantization = "none",
 ) -> None:
     """Talk to a model in the terminal."""
     check_sampling(temperature, top_p)
@@ -208,6 +230,7 @@ def chat(
         top_k=top_k,
         seed=seed,
         compare=compare,
+        held=_held(dtype, quantization),
     )
 
 
@@ -241,6 +264,8 @@ def serve(
         int | None, _positive(metavar="N", help="Most tokens of an answer; the model's context when not given.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every request.")] = False,
+    dtype: Dtype = "auto",
+    quantization: Quantization = "none",
 ) -> None:
     """Answer over HTTP, with OpenAI's interface."""
     from finetune.serve.app import serve as run
@@ -257,6 +282,7 @@ def serve(
         max_queue=max_queue,
         max_new_tokens=max_new_tokens,
         verbose=verbose,
+        held=_held(dtype, quantization),
     )
 
 
@@ -319,6 +345,8 @@ def evaluate(
     allow_code: Annotated[
         bool, typer.Option("--allow-code", help="Run programs that the model writes, here, as you (HumanEval, MBPP).")
     ] = False,
+    dtype: Dtype = "auto",
+    quantization: Quantization = "none",
 ) -> None:
     """Run benchmarks: those of the Qwen2 model page, or any other of lm-evaluation-harness."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -336,6 +364,7 @@ def evaluate(
         raw=raw,
         include=include,
         allow_code=allow_code,
+        held=_held(dtype, quantization),
     )
 
 
@@ -431,7 +460,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         from finetune.console import printable
         from finetune.report.manifest import redact  # an address in a message may hold a password
 
-        text = traceback.format_exc().rstrip() if debug else f"error: {_describe(error)}"
+        said = _describe(error) if isinstance(error, Interrupted) else f"error: {_describe(error)}"
+        text = traceback.format_exc().rstrip() if debug else said
         print(printable(redact(text)), file=sys.stderr)
         return _exit_code(error)
 

@@ -81,6 +81,10 @@ class TrainingError(FinetuneError):
     """A run cannot go on: loss not finite, out of memory."""
 
 
+class Interrupted(FinetuneError):
+    """A run was asked to stop, and did. What it says is no error, and is shown without that word."""
+
+
 class StorageError(FinetuneError):
     """The disk is full, or has become read-only."""
 

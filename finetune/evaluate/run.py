@@ -17,7 +17,7 @@ from finetune import __version__
 from finetune.console import say
 from finetune.errors import ArgumentError, FinetuneError, did_you_mean
 from finetune.evaluate.benchmarks import BENCHMARKS, Benchmark, find_benchmark
-from finetune.infer.open import open_model
+from finetune.infer.open import AS_STORED, Held, open_model
 from finetune.infer.partial import output_file
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE
 from finetune.model.resolve import resolve_model
@@ -34,6 +34,7 @@ def evaluate(
     raw: bool = False,
     include: Path | None = None,
     allow_code: bool = False,
+    held: Held = AS_STORED,
 ) -> None:
     """Run benchmarks and print one line for each as soon as it is done.
 
@@ -46,6 +47,7 @@ def evaluate(
         raw: Ask in plain text, without the chat template, as for base models.
         include: Folder of tasks in the harness's YAML form; they may name Python code, which is run.
         allow_code: Run programs that the model writes (HumanEval, MBPP).
+        held: How the weights are held in memory.
 
     Raises:
         UserError: a task, an argument or the model is wrong.
@@ -58,7 +60,7 @@ def evaluate(
         chosen = {name: _checked(name, manager, allow_code) for name in tasks}
         from finetune.evaluate.harness import EvaluatedModel
 
-        opened = open_model(source)
+        opened = open_model(source, held)
         if not raw and opened.tokenizer.chat_template is None:
             raise ArgumentError(f"{model} has no chat template", where="MODEL", fix="Add --raw to ask in plain text.")
         judged = EvaluatedModel(opened, batch_size)
@@ -219,7 +221,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-_LINE = "{:<20}  {:<34}  {:>8}  {:>8}  {:>9}"
+_LINE = "{:<18}  {:<30}  {:>7}  {:>7}  {:>9}"  # 79 columns
 
 
 def _print_lines(name: str, benchmark: Benchmark, result: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_ids
 from finetune.console import console, say
 from finetune.errors import ArgumentError, DataError, UserError, did_you_mean
-from finetune.infer.open import Opened, open_model
+from finetune.infer.open import AS_STORED, Held, Opened, open_model
 from finetune.infer.sampling import DEFAULT_MAX_NEW_TOKENS, Sampling
 
 if TYPE_CHECKING:
@@ -141,22 +141,24 @@ def chat(
     top_k: int | None = None,
     seed: int | None = None,
     compare: str | None = None,
+    held: Held = AS_STORED,
 ) -> None:
     """Talk with a model until /exit or the end of the input.
 
     Args:
         compare: A second model, whose answers are shown first.
         temperature, top_p, top_k: Instead of the model's own settings; temperature 0 is greedy.
+        held: How the weights of both are held in memory.
 
     Raises:
         UserError: the model cannot be opened or has no chat template.
     """
     asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-    opened = open_model(model, pack=True)
+    opened = open_model(model, held, pack=True)
     opened.tokenizer.template_for(None)
     sides = [(model, opened)]
     if compare is not None:
-        sides.insert(0, (compare, _with_template(open_model(compare, pack=True), opened)))
+        sides.insert(0, (compare, _with_template(open_model(compare, held, pack=True), opened)))
     talks = []
     for name, side in sides:
         sampling = _sampling(side.generation_config, asked, max_new_tokens=max_new_tokens, seed=seed)

@@ -21,7 +21,7 @@ import numpy as np
 from finetune.console import progress, warn
 from finetune.errors import ArgumentError, DataError
 from finetune.files import hash_file
-from finetune.infer.open import open_model, open_tokenizer
+from finetune.infer.open import AS_STORED, Held, open_model, open_tokenizer
 from finetune.infer.partial import PartialAnswers, hash_model, output_file, resuming
 from finetune.infer.prompts import Prompt, PromptReader
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, Sampling
@@ -49,6 +49,7 @@ def generate(
     batch_size: int = DEFAULT_BATCH_SIZE,
     raw: bool = False,
     on_bad_row: str = "error",
+    held: Held = AS_STORED,
 ) -> None:
     """Answer `prompt`, streaming to stdout, or every row of the JSONL file `input`.
 
@@ -61,6 +62,7 @@ def generate(
         seed: Row i of a file draws from (seed, i), whatever the batch size.
         raw: Take prompts as plain text, without the chat template.
         on_bad_row: What a row that cannot be read does: "error" ends the command, "skip" leaves it out.
+        held: How the weights are held in memory.
 
     Raises:
         UserError: arguments, input rows or the model folder are wrong. All rows are checked before weights load.
@@ -71,18 +73,18 @@ def generate(
     reader = PromptReader(open_tokenizer(source), source.config.max_position_embeddings, raw, system)
     target = None if output is None else Path(output)
     if prompt is not None:
-        _answer_one(source, reader.read({"prompt": prompt}, "--prompt"), sampling, target)
+        _answer_one(source, held, reader.read({"prompt": prompt}, "--prompt"), sampling, target)
     elif input is not None:
         skip = on_bad_row == "skip"
         work = _Work(reader.check(Path(input), skip), sampling, batch_size)
         if target is None:
-            work.answer(open_model(source, pack=True).engine, reader.file(Path(input), skip), sys.stdout)
+            work.answer(open_model(source, held, pack=True).engine, reader.file(Path(input), skip), sys.stdout)
             return
-        settings = [asdict(sampling), system, raw, on_bad_row]
+        settings = [asdict(sampling), system, raw, on_bad_row, asdict(held)]
         identity = {"input": hash_file(Path(input)), "model": hash_model(source, target), "settings": settings}
         with resuming(target, work.count, json.loads(json.dumps(identity))) as partial:
             if not partial.done.all():
-                work.resume(open_model(source, pack=True).engine, reader.file(Path(input), skip), partial)
+                work.resume(open_model(source, held, pack=True).engine, reader.file(Path(input), skip), partial)
 
 
 def _sampling(
@@ -128,9 +130,9 @@ def _check_arguments(
             raise ArgumentError("input and output are the same file", where=f"--output {output}", fix="Give another.")
 
 
-def _answer_one(source: ModelSource, asked: Prompt, sampling: Sampling, output: Path | None) -> None:
+def _answer_one(source: ModelSource, held: Held, asked: Prompt, sampling: Sampling, output: Path | None) -> None:
     """Answer one prompt: to stdout as the words come, or into a file."""
-    engine = open_model(source, pack=True).engine
+    engine = open_model(source, held, pack=True).engine
     if output is not None:
         with output_file(output) as file:
             file.write(_line(asked, engine.generate([asked.ids], sampling)[0]))

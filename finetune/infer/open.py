@@ -7,10 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.model.config import read_generation_config as config_of
+from finetune.model.quantize import Quantization
 from finetune.model.resolve import ModelSource, resolve_model
 
 if TYPE_CHECKING:
     from finetune.infer.engine import Engine
+
+
+@dataclass(frozen=True)
+class Held:
+    """How weights are held in memory.
+
+    Attributes:
+        dtype: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16 or float16.
+        quantization: none; nf4 or int8 for the linear layers of the decoder, with their scales quantized too in nf4.
+    """
+
+    dtype: str = "auto"
+    quantization: str = "none"
+
+
+AS_STORED = Held()
 
 
 @dataclass(frozen=True)
@@ -30,13 +47,14 @@ class Opened:
     source: ModelSource
 
 
-def open_model(model: str | ModelSource, dtype: str = "auto", *, pack: bool = False) -> Opened:
+def open_model(model: str | ModelSource, held: Held = AS_STORED, *, pack: bool = False) -> Opened:
     """Load a hub id, a model folder of any layout, an adapter, a checkpoint or a run's folder.
 
     An adapter is merged in float32, which saves a third of the operations per token. In half precision it is kept
-    apart, as it was trained: the sum would be rounded to 8 bits.
+    apart, as it was trained: the sum would be rounded to 8 bits. On quantized weights too, which it was trained beside.
 
     Args:
+        held: Of the base; an adapter beside quantized weights stays as it is.
         pack: For callers that only want answers: lay the weights out for decoding, where that helps (float32 on CPU).
             `engine.model` is then good for nothing else.
 
@@ -50,9 +68,10 @@ def open_model(model: str | ModelSource, dtype: str = "auto", *, pack: bool = Fa
     from finetune.model.load import load_model
     from finetune.model.lora import merge_lora
 
-    loaded = load_model(source, dtype=dtype)
+    quantization = None if held.quantization == "none" else Quantization(held.quantization)
+    loaded = load_model(source, dtype=held.dtype, quantization=quantization)
     causal = loaded.model
-    if loaded.lora is not None and loaded.dtype == "float32":
+    if loaded.lora is not None and loaded.dtype == "float32" and quantization is None:
         causal = merge_lora(causal)
     if pack:
         from finetune.compute.packed import pack as pack_weights

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from finetune.chat.folder import TOKENIZER_FILES
 from finetune.errors import FinetuneError
@@ -62,7 +63,7 @@ class Stages:
     def finetune(self, *arguments: str) -> None:
         """Run `finetune ARGUMENTS` with its output in the log; on a terminal its progress bars are shown too."""
         command = f"finetune {' '.join(arguments)}"
-        self.console.print(f"  $ {command}", style="cyan", highlight=False, soft_wrap=True)
+        self.console.print(shown_command(command, self.console.width), style="cyan", highlight=False, soft_wrap=True)
         with open(LOG, "a", encoding="utf-8") as log:
             log.write(f"$ {command}\n")
             log.flush()
@@ -202,13 +203,21 @@ def sample_rows(questions: Sequence[Question], columns: Mapping[str, Sequence[st
     ]
 
 
-def sample_table(rows: Sequence[dict[str, str]]) -> Table:
-    table = Table(title="Held-out questions", title_justify="left", show_lines=True, width=110)
-    for name in rows[0]:
-        table.add_column(name.replace("_", " "), overflow="fold", ratio=1)
+def shown_command(command: str, width: int) -> str:
+    """A command as it can be copied: lines of at most `width`, broken between words."""
+    lines = textwrap.wrap(command, width - 6, break_long_words=False, break_on_hyphens=False)
+    return "  $ " + " \\\n      ".join(lines)
+
+
+def show_samples(console: Console, rows: Sequence[dict[str, str]]) -> None:
+    """Each question with a line for what every model answers, cut at the console's width."""
+    console.print("\n[bold]Held-out questions[/bold]")
     for row in rows:
-        table.add_row(*(text if len(text) < 120 else f"{text[:117]}..." for text in row.values()))
-    return table
+        console.print(Text(f"  {row['prompt']}"))
+        for name, text in row.items():
+            if name != "prompt":
+                line = f"    {name.replace('_', ' '):<10}{' '.join(text.split())}"
+                console.print(Text(line, style="dim" if name == "before" else ""), no_wrap=True, overflow="ellipsis")
 
 
 def run(console: Console) -> None:
@@ -245,18 +254,21 @@ def run(console: Console) -> None:
             "samples": samples,
         }
         (OUTPUT / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    console.print()
-    console.print(sample_table(samples))
+    show_samples(console, samples)
     console.print(f"\nDone in {summary['seconds']:.0f} s. Numbers: {OUTPUT / 'summary.json'}", highlight=False)
-    console.print(f'Try it: .venv/bin/finetune generate {OUTPUT / "sft_lora"} --prompt "Which city governs Iran?"')
+    tried = f'.venv/bin/finetune generate {OUTPUT / "sft_lora"} --prompt "Which city governs Iran?"'
+    console.print(f"Try it:\n{shown_command(tried, console.width)}", highlight=False, soft_wrap=True)
 
 
 def main() -> int:
-    console = Console(width=110 if not sys.stdout.isatty() else None)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         run(console)
     except FinetuneError as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ndemo stopped; it starts over the next time", file=sys.stderr)
+        return 130
     return 0

@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect
 
 from finetune.console import say, warn
 from finetune.errors import FinetuneError
-from finetune.infer.open import Opened, open_model
+from finetune.infer.open import AS_STORED, Held, Opened, open_model
 from finetune.infer.sampling import DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE
 from finetune.serve.body import Bodies, parse
 from finetune.serve.errors import ApiError, shown
@@ -73,6 +73,7 @@ def serve(
     max_queue: int = DEFAULT_MAX_QUEUE,
     max_new_tokens: int | None = None,
     verbose: bool = False,
+    held: Held = AS_STORED,
 ) -> None:
     """Serve a model until SIGINT or SIGTERM; requests being answered then have GRACE_SECONDS to end.
 
@@ -82,6 +83,7 @@ def serve(
         api_key: Asked of every request to /v1; None asks none.
         allowed_hosts, allowed_origins: As `Access.of`.
         verbose: A line per request.
+        held: How the weights are held in memory.
 
     Raises:
         UserError: the model cannot be opened, the address cannot be used, or a host or an origin is none.
@@ -89,7 +91,7 @@ def serve(
     access = Access.of(host, hosts=list(allowed_hosts), origins=list(allowed_origins), api_key=api_key)
     listener = listen(host, port)
     with contextlib.closing(listener):
-        opened = open_model(model, pack=True)
+        opened = open_model(model, held, pack=True)
         name = name or default_name(model)
         limits = Limits(max_batch, max_queue, max_new_tokens)
         app = build_app(opened, name, limits, access=access, verbose=verbose)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune import console
-from finetune.errors import Fault, FinetuneError, StorageError, TrainingError, UserError
+from finetune.errors import Fault, FinetuneError, Interrupted, StorageError, TrainingError, UserError
 from finetune.files import replace_file, write_fault
 from finetune.recipe.load import dump_recipe
 from finetune.report.manifest import build_manifest, write_manifest
@@ -27,10 +27,6 @@ from finetune.train.samples import Answer, write_samples
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
     from finetune.train.resume import Start
-
-
-class Interrupted(FinetuneError):
-    """A signal stopped the run after it had saved a checkpoint."""
 
 
 def train(

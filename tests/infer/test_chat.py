@@ -21,7 +21,7 @@ def opened(tiny_untied_folder):
 @pytest.fixture
 def talk(opened, monkeypatch, capsys):
     """Feed lines to the chat; returns what went to stdout and stderr."""
-    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model, **_: opened)
+    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model, *_, **__: opened)
 
     def run(*lines: str, **settings):
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
@@ -170,7 +170,8 @@ def base(tiny_folder):
 
 @pytest.fixture
 def compare(opened, base, monkeypatch, capsys):
-    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model, **_: {"tuned": opened, "base": base}[model])
+    models = {"tuned": opened, "base": base}
+    monkeypatch.setattr("finetune.infer.chat.open_model", lambda model, *_, **__: models[model])
 
     def run(*lines: str, **settings):
         monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))

@@ -6,9 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from finetune.infer.open import open_model, read_generation_config
+from finetune.files import read_json
+from finetune.infer.open import AS_STORED, Held, open_model, read_generation_config
 from finetune.infer.sampling import Sampling
+from finetune.model.config import read_config
+from finetune.model.quantize import Quantization
 from finetune.model.resolve import resolve_model
 
 PROMPT = [65, 66, 67, 68]
@@ -71,3 +75,19 @@ def test_end_tokens_fall_back_to_the_models_config(tiny_untied_folder, tmp_path)
     (folder / "generation_config.json").unlink()
     assert read_generation_config(resolve_model(folder))["eos_token_id"] == [402]
     assert open_model(str(folder)).engine.stop_token_ids == {400, 402}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantized_weights_answer_as_the_numbers_that_their_codes_stand_for(kind, tiny_folder, tmp_path):
+    model = shutil.copytree(tiny_folder, tmp_path / "whole")
+    config = read_config(read_json(model / "config.json"), model)
+    weights = load_file(model / "model.safetensors")
+    for name in weights:
+        if name.removesuffix(".weight") in config.linears:
+            weights[name] = Quantization(kind).quantize(weights[name]).dequantize()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    quantized, whole = (
+        open_model(str(folder), held, pack=True).engine.generate([PROMPT], SAMPLING)[0].tokens
+        for folder, held in ((tiny_folder, Held(quantization=kind)), (model, AS_STORED))
+    )
+    assert quantized == whole

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shlex
+import subprocess
 
 import pytest
 from rich.console import Console
@@ -35,3 +37,27 @@ def test_a_failing_command_fails_the_demo_with_its_message(tmp_path, monkeypatch
     stages = demo.Stages(Console(file=io.StringIO()))
     with pytest.raises(demo.DemoError, match="exit code 2(?s:.*)no-such-recipe"):
         stages.finetune("train", "no-such-recipe.yaml")
+
+
+def test_commands_are_shown_in_lines_that_break_between_words_and_can_be_copied(tmp_path):
+    command = (
+        'finetune generate outputs/quickstart/sft_lora --input data/heldout.jsonl --output out/a.jsonl --prompt "Hi"'
+    )
+    for width in (60, 80, 200):
+        shown = demo.shown_command(command, width)
+        assert all(len(line) <= width for line in shown.splitlines())
+        copied = subprocess.run(
+            ["sh", "-c", f"finetune() {{ printf '%s\\n' \"$@\"; }}\n{shown[4:]}"], capture_output=True
+        )
+        assert copied.stdout.decode().splitlines() == shlex.split(command)[1:]
+
+
+def test_samples_fit_a_terminal_of_80_columns():
+    answers = {"before": "no " * 60, "SFT_LoRA": "In America.\nYes.", "SFT_full": "", "DPO": "[b]"}
+    file = io.StringIO()
+    demo.show_samples(Console(file=file, width=80), [{"prompt": "Where is Peru?", **answers}])
+    title, prompt, before, lora, full, dpo = file.getvalue().splitlines()[1:]
+    assert (title, prompt.strip()) == ("Held-out questions", "Where is Peru?")
+    assert len(before) == 80 and before.endswith("…")
+    assert lora.split() == ["SFT", "LoRA", "In", "America.", "Yes."]
+    assert (full.strip(), dpo.split()) == ("SFT full", ["DPO", "[b]"])

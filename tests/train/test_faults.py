@@ -315,6 +315,14 @@ def start(recipe: Path, *options: str) -> subprocess.Popen:
     return process
 
 
+def test_ctrl_c_saves_and_ends_without_the_word_error(tmp_path, tiny_folder):
+    process = start(write_recipe(tmp_path, tiny_folder, max_steps=5000))
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and "error:" not in said
+    assert said.splitlines()[-1].startswith("stopped at step ") and "Run the same command again to go on." in said
+
+
 def test_a_second_signal_ends_at_once_and_the_lock_of_the_dead_is_no_hindrance(tmp_path, tiny_folder, monkeypatch):
     recipe = write_recipe(tmp_path, tiny_folder, max_steps=5000)
     process = start(recipe)

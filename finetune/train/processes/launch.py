@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.errors import ArgumentError, FinetuneError, TrainingError, UserError
+from finetune.errors import ArgumentError, FinetuneError, Interrupted, TrainingError, UserError
 from finetune.recipe.load import dump_recipe
 
 if TYPE_CHECKING:
@@ -179,12 +179,14 @@ class _Processes:
 def _first_error(folder: Path, codes: list[int], asked: bool) -> FinetuneError:
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("error-*.json"))]
     if not reports and asked:
-        return TrainingError(STOPPED_UNSAVED)
+        return Interrupted(STOPPED_UNSAVED)
     if not reports:
         failed = next(code for code in codes if code)
         return TrainingError(f"a training process ended with code {failed} and without a message")
     # One rank's fault stops the others, so what the user can mend goes first.
     first = min(reports, key=lambda report: (report["exit_code"] != UserError.exit_code, report["time"]))
+    if first["stopped"]:
+        return Interrupted(first["text"])
     kind = UserError if first["exit_code"] == UserError.exit_code else TrainingError
     return kind(first["text"])
 

@@ -9,7 +9,7 @@ import time
 import traceback
 from pathlib import Path
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, Interrupted
 from finetune.infer.samples import answer
 from finetune.recipe.load import load_recipe
 from finetune.train.processes.launch import STOPPED_UNSAVED
@@ -23,16 +23,16 @@ def main() -> int:
     try:
         train(load_recipe(recipe), answer=answer)
     except FinetuneError as error:
-        return _report(folder, error.exit_code, str(error))
+        return _report(folder, error.exit_code, str(error), stopped=isinstance(error, Interrupted))
     except KeyboardInterrupt:
-        return _report(folder, 1, STOPPED_UNSAVED)
+        return _report(folder, 1, STOPPED_UNSAVED, stopped=True)
     except Exception as error:  # the parent shows it; nothing is lost
         return _report(folder, 1, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
     return 0
 
 
-def _report(folder: Path, exit_code: int, text: str) -> int:
-    report = {"exit_code": exit_code, "text": text, "time": time.time()}
+def _report(folder: Path, exit_code: int, text: str, *, stopped: bool = False) -> int:
+    report = {"exit_code": exit_code, "text": text, "stopped": stopped, "time": time.time()}
     path = folder / f"error-{world_from_environment().rank}.json"
     path.write_text(json.dumps(report), encoding="utf-8")
     return exit_code

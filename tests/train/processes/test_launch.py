@@ -100,7 +100,7 @@ def test_a_signal_stops_all_with_a_checkpoint_and_the_manifest_says_so(training,
     process.send_signal(signum)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "a checkpoint is saved" in said and "Traceback" not in said
+    assert "\nstopped at step" in said and "a checkpoint is saved" in said and "Traceback" not in said
     assert json.loads((run / "manifest.json").read_text())["status"] == "stopped"
     assert list_steps(run / "checkpoints") == [metrics(run)[-1]["step"]]
 
@@ -124,7 +124,7 @@ def test_a_second_signal_ends_processes_that_wait_for_each_other(training):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "nothing was saved since the last checkpoint" in said and "Traceback" not in said
+    assert "\nstopped; nothing was saved since the last checkpoint" in said and "Traceback" not in said
     assert is_free(run)
 
 
@@ -136,5 +136,5 @@ def test_ctrl_c_while_the_processes_load_is_one_message(start_two, pause):
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "Traceback" not in said and "stopped" in said
+    assert "Traceback" not in said and "stopped" in said and "error:" not in said
     assert not list_steps(run / "checkpoints") or "a checkpoint is saved" in said

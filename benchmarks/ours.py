@@ -67,11 +67,12 @@ def _matmul() -> float:
 def prepare(job: dict) -> None:
     """Read and tokenize the recipe's rows, as `finetune train` does before weights load."""
     from finetune.recipe.load import load_recipe
+    from finetune.train.preflight import settle
     from finetune.train.prepare import prepare as prepare_run
 
     recipe = load_recipe(job["recipe"])
     watch = Stopwatch()
-    prepared = prepare_run(recipe, 1, 0)
+    prepared = prepare_run(settle(recipe))
     spent = watch.read()
     counts = {"rows": len(prepared.train.rows), "targets": int(prepared.train.rows.num_supervised.sum())}
     _finish(job, spent=spent, **counts)

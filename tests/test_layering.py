@@ -81,7 +81,6 @@ LATE = {
         ("train/processes/parallel.py", "paddle"),
         ("train/processes/sharding.py", "paddle"),
         ("train/run.py", "finetune.train.processes.launch"),
-        ("train/run.py", "finetune.train.resume"),
         ("train/run.py", "finetune.train.session"),
     },
 }

@@ -14,6 +14,7 @@ import logging
 import os
 import warnings
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -83,7 +84,26 @@ def resolve_dtype(name: str) -> str:
     Raises:
         ArgumentError: half precision asked for on CPU, where paddle has no kernels for it.
     """
-    on_cpu = device() == "cpu"
+    return dtype_on(name, on_cpu=device() == "cpu")
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that paddle will see, asked without importing it: none without a driver, or with paddle for CPU."""
+    try:
+        metadata.distribution("paddlepaddle-gpu")
+    except metadata.PackageNotFoundError:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    return there if visible is None else min(there, sum(bool(name.strip()) for name in visible.split(",")))
+
+
+def dtype_on(name: str, *, on_cpu: bool) -> str:
+    """As `resolve_dtype`, for a device that is known.
+
+    Raises:
+        ArgumentError: half precision asked for on CPU.
+    """
     if name == "auto":
         return "float32" if on_cpu else "bfloat16"
     if on_cpu and name != "float32":

@@ -163,11 +163,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: not there, incomplete or damaged; the message names the file.
     """
-    if not folder.is_dir():
-        raise CheckpointError("there is no such folder", where=str(folder), fix="Name a checkpoints/step-N folder.")
+    check_there(folder)
     complete = folder / COMPLETE
-    if not complete.exists():
-        raise CheckpointError(f"{COMPLETE} is missing, so the folder was never finished", where=str(folder))
     record = read_json(complete)
     try:
         step, files = record["step"], record["files"]
@@ -191,6 +188,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not all(isinstance(state.get(key), dict) for key in ("run", "fingerprint")):
         raise CheckpointError("is not the state of a run", where=str(folder / STATE))
     return Checkpoint(folder, step, state)
+
+
+def check_there(folder: Path) -> None:
+    """Make sure that a folder is meant to be a checkpoint; `open_checkpoint` says whether it is a good one.
+
+    Raises:
+        CheckpointError: not there, or never finished.
+    """
+    if not folder.is_dir():
+        raise CheckpointError("there is no such folder", where=str(folder), fix="Name a checkpoints/step-N folder.")
+    if not (folder / COMPLETE).exists():
+        raise CheckpointError(f"{COMPLETE} is missing, so the folder was never finished", where=str(folder))
 
 
 def _check_file(path: Path, size: int, sha: str) -> None:

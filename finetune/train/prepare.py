@@ -10,9 +10,9 @@ import numpy as np
 
 from finetune import console
 from finetune.chat.tokenizer import Tokenizer
-from finetune.errors import ArgumentError
 from finetune.methods import METHODS
-from finetune.model.resolve import ModelSource, resolve_model
+from finetune.model.resolve import ModelSource
+from finetune.model.runtime import dtype_on, gpu_count
 from finetune.rows.dataset import DataReport, build_dataset, mixed
 from finetune.rows.encode import Settings
 from finetune.rows.mix import Mix
@@ -21,7 +21,7 @@ from finetune.rows.plan import EpochPlan, Packs, Plan, pack, plan_steps
 from finetune.rows.stream import Stream, StreamPacks, StreamPlan, StreamSettings
 from finetune.rows.table import split_dataset
 from finetune.train.estimate import Estimate, estimate
-from finetune.train.processes.launch import has_gpu
+from finetune.train.preflight import Settled
 from finetune.train.schedule import warmup_steps_of
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Prepared:
         tokenizer: Its tokenizer and chat template.
         train, eval: What is trained and evaluated on; eval is None without evaluation.
         plan: Which packs make up each step of this rank.
+        reference: `dpo.reference`, where it names a model.
         world_size: Processes.
         estimate: Parameters and memory.
         first_rows: Training rows to show something with: all, or those that a stream begins with.
@@ -68,6 +69,7 @@ class Prepared:
     train: RowSet[Packs] | RowSet[StreamPacks]
     eval: RowSet[Packs] | None
     plan: Plan
+    reference: ModelSource | None
     world_size: int
     estimate: Estimate
     first_rows: Any
@@ -85,19 +87,16 @@ class Prepared:
         return warmup_steps_of(training.warmup_steps, training.warmup_ratio, self.plan.total_steps)
 
 
-def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
-    """Resolve the model, read and tokenize the data, and plan the steps.
+def prepare(settled: Settled, rank: int = 0) -> Prepared:
+    """Read and tokenize the data, and plan the steps of a rank.
 
     Raises:
-        UserError: the model, the data, or their combination is wrong.
+        UserError: the data, or what it makes with the model, is wrong.
     """
-    _check_distributed(recipe, world_size)
-    source = resolve_model(recipe.model.path)
-    tokenizer = Tokenizer.from_folder(source.tokenizer_folder)
-    _check_lengths(recipe, source)
+    recipe, tokenizer = settled.recipe, settled.tokenizer
     data, training = recipe.data, recipe.training
     if data.streaming:
-        return _prepare_stream(recipe, source, tokenizer, world_size, rank)
+        return _prepare_stream(settled, rank)
     train, report = _build(recipe, tokenizer, data.train, "read training rows")
     held_out = _evaluation_rows(recipe, tokenizer)
     if data.eval_fraction:
@@ -114,23 +113,22 @@ def prepare(recipe: Recipe, world_size: int, rank: int) -> Prepared:
         epochs=training.num_train_epochs,
         seed=training.seed,
         shuffle=training.shuffle,
-        world_size=world_size,
+        world_size=settled.world_size,
         rank=rank,
         mix=None if data.packing else mix,
     )
     return Prepared(
         recipe=recipe,
-        source=source,
+        source=settled.source,
         tokenizer=tokenizer,
         train=RowSet(train, report, packs),
         eval=held_out,
         first_rows=train,
         plan=plan,
-        world_size=world_size,
+        reference=settled.reference,
+        world_size=settled.world_size,
         estimate=_estimate(
-            recipe,
-            source,
-            world_size,
+            settled,
             tokens=_largest_batch(train, packs, training.per_device_train_batch_size),
             length=int(np.max(train.lengths)),
         ),
@@ -145,12 +143,13 @@ def _evaluation_rows(recipe: Recipe, tokenizer: Tokenizer) -> RowSet[Packs] | No
     return RowSet(rows, report, _packs(rows, recipe))
 
 
-def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, world_size: int, rank: int) -> Prepared:
+def _prepare_stream(settled: Settled, rank: int) -> Prepared:
     """The same where rows are tokenized as the run goes: only the first few are looked at here.
 
     Raises:
         ValueError: training.max_steps is not set, which the recipe's rules ask for.
     """
+    recipe, tokenizer = settled.recipe, settled.tokenizer
     data, training = recipe.data, recipe.training
     if training.max_steps is None:
         raise ValueError("the length of a stream is not known, so training.max_steps must be")
@@ -163,7 +162,7 @@ def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, w
             room=_room(recipe) if data.packing else None,
             seed=training.seed,
             shuffle=training.shuffle,
-            share=(rank, world_size),
+            share=(rank, settled.world_size),
         ),
     )
     held_out = _evaluation_rows(recipe, tokenizer)
@@ -171,15 +170,16 @@ def _prepare_stream(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, w
     plan = StreamPlan(stream, size, training.gradient_accumulation_steps, training.max_steps)
     return Prepared(
         recipe=recipe,
-        source=source,
+        source=settled.source,
         tokenizer=tokenizer,
         train=RowSet(stream, stream.report, StreamPacks(stream)),
         eval=held_out,
         first_rows=first,
         plan=plan,
-        world_size=world_size,
+        reference=settled.reference,
+        world_size=settled.world_size,
         # Lengths are not known: the most that can come.
-        estimate=_estimate(recipe, source, world_size, tokens=size * _room(recipe), length=data.max_length),
+        estimate=_estimate(settled, tokens=size * _room(recipe), length=data.max_length),
         stream=stream,
     )
 
@@ -221,46 +221,16 @@ def _largest_batch(dataset: Any, packs: Packs, size: int) -> int:
     return int(np.sort(packs.sums(dataset.lengths))[::-1][:size].sum())
 
 
-def _estimate(recipe: Recipe, source: ModelSource, world_size: int, *, tokens: int, length: int) -> Estimate:
-    dtype = recipe.model.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if has_gpu() else "float32"
+def _estimate(settled: Settled, *, tokens: int, length: int) -> Estimate:
+    recipe = settled.recipe
     return estimate(
         recipe,
-        source.config,
-        dtype=dtype,
+        settled.source.config,
+        dtype=dtype_on(recipe.model.dtype, on_cpu=gpu_count() == 0),
         tokens_per_micro_batch=tokens,
         length=length,
-        shards=_sharding_degree(recipe, world_size),
+        shards=_sharding_degree(recipe, settled.world_size),
     )
-
-
-def _check_lengths(recipe: Recipe, source: ModelSource) -> None:
-    longest = source.config.max_position_embeddings
-    if recipe.data.max_length > longest:
-        raise ArgumentError(
-            f"is {recipe.data.max_length:,}, but the model knows {longest:,} positions",
-            where="data.max_length",
-            fix=f"Set it to at most {longest}.",
-        )
-
-
-def _check_distributed(recipe: Recipe, world_size: int) -> None:
-    """Refuse what this version does not do, instead of training something else."""
-    wanted = recipe.distributed
-    for name in ("tensor_parallel_degree", "pipeline_parallel_degree"):
-        if getattr(wanted, name) > 1:
-            raise ArgumentError(
-                f"{getattr(wanted, name)} was asked for, but this version trains with data parallelism only",
-                where=f"distributed.{name}",
-                fix="Set it to 1, and use LoRA, training.recompute and bfloat16 to fit a larger model.",
-            )
-    if wanted.sharding not in ("", "stage1"):
-        raise ArgumentError(
-            f"{wanted.sharding!r} was asked for, but this version splits the optimizer's state only",
-            where="distributed.sharding",
-            fix="Set it to stage1, and use LoRA, training.recompute and bfloat16 to fit a larger model.",
-        )
 
 
 def _sharding_degree(recipe: Recipe, world_size: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from finetune import console
 from finetune.errors import ArgumentError, Fault, RecipeError
 from finetune.model.identity import model_digest
-from finetune.model.resolve import resolve_model
 from finetune.recipe.schema import SECTIONS, Source
 from finetune.train.checkpoint import Checkpoint, list_steps, newest_good, open_checkpoint, sweep
 
@@ -99,8 +97,11 @@ def _evaluation(prepared: Prepared) -> list | None:
     return json.loads(json.dumps(_contents(sources, prepared.eval.report)))
 
 
-def find_start(prepared: Prepared, world: World) -> Start:
+def find_start(prepared: Prepared, world: World, *, look_only: bool = False) -> Start:
     """Decide where to start, as training.resume_from_checkpoint says: auto, never, or a checkpoint folder.
+
+    Args:
+        look_only: Leave what killed runs left behind as it is.
 
     Raises:
         RecipeError: the recipe or the data changed in a way that would make the resumed run another run.
@@ -110,9 +111,8 @@ def find_start(prepared: Prepared, world: World) -> Start:
     training = prepared.recipe.training
     output = Path(training.output_dir)
     wanted = training.resume_from_checkpoint
-    _refuse_to_replace(output, wanted)
     identity, evaluation = fingerprint(prepared), _evaluation(prepared)
-    checkpoint = _find_checkpoint(output / "checkpoints", wanted, world)
+    checkpoint = _find_checkpoint(output / "checkpoints", wanted, world, tidy=world.is_main and not look_only)
     if checkpoint is None:
         _refuse_to_delete_inputs(prepared, output)
         start = Start(identity, evaluation=evaluation)
@@ -125,12 +125,12 @@ def find_start(prepared: Prepared, world: World) -> Start:
     return start
 
 
-def _find_checkpoint(root: Path, wanted: str, world: World) -> Checkpoint | None:
+def _find_checkpoint(root: Path, wanted: str, world: World, tidy: bool) -> Checkpoint | None:
     if wanted == "never":
         return None
     if wanted != "auto":
         return open_checkpoint(Path(wanted))
-    if world.is_main:
+    if tidy:
         sweep(root)
     world.barrier()
     return newest_good(root, console.warn)
@@ -179,9 +179,8 @@ def _refuse_to_differ(start: Start, output: Path, world: World) -> None:
 def _refuse_to_delete_inputs(prepared: Prepared, output: Path) -> None:
     """A run that starts anew deletes final/ and checkpoints/. Make sure that it does not train from them."""
     sources = {"model.path": prepared.source, "the base of model.path": prepared.source.base}
-    dpo = prepared.recipe.dpo
-    if dpo is not None and dpo.reference is not None and os.path.exists(os.path.expanduser(dpo.reference)):
-        reference = resolve_model(dpo.reference)
+    reference = prepared.reference
+    if reference is not None:
         sources |= {"dpo.reference": reference, "the base of dpo.reference": reference.base}
     doomed = [(output / name).resolve() for name in ("final", "checkpoints")]
     for key, source in sources.items():
@@ -194,8 +193,12 @@ def _refuse_to_delete_inputs(prepared: Prepared, output: Path) -> None:
             )
 
 
-def _refuse_to_replace(output: Path, wanted: str) -> None:
-    """A run that starts anew deletes what an earlier one left. Make sure that it is that, and that it may go."""
+def refuse_to_replace(output: Path, wanted: str) -> None:
+    """A run that starts anew deletes what an earlier one left. Make sure that it is that, and that it may go.
+
+    Raises:
+        ArgumentError: it is not, or it may not.
+    """
     parts = [name for name in ("final", "checkpoints") if (output / name).exists()]
     if parts and not (output / "manifest.json").exists():
         raise ArgumentError(

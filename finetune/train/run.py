@@ -19,14 +19,15 @@ from finetune.report.manifest import build_manifest, write_manifest
 from finetune.report.metrics import MetricsWriter
 from finetune.report.page import write_report
 from finetune.train.checkpoint import list_steps
-from finetune.train.lock import locked
+from finetune.train.lock import check_unlocked, locked
+from finetune.train.preflight import Settled, settle
 from finetune.train.prepare import Prepared, describe, prepare
 from finetune.train.processes.parallel import World, join, world_from_environment
+from finetune.train.resume import Start, find_start
 from finetune.train.samples import Answer, write_samples
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
-    from finetune.train.resume import Start
 
 
 def train(
@@ -54,42 +55,49 @@ def train(
         TrainingError: the run cannot go on.
     """
     world = world_from_environment()
+    many = world.size == 1 and nproc * nnodes > 1
+    settled = settle(recipe, nproc * nnodes if many else world.size, nproc)
+    output = Path(recipe.training.output_dir)
     if dry_run:
-        describe(prepare(recipe, nproc * nnodes, rank=0))
-        return
-    if world.size == 1 and nproc * nnodes > 1:
+        check_unlocked(output)
+        prepared = prepare(settled)
+        start = find_start(prepared, World(), look_only=True)
+        describe(prepared, resumed_at=start.step)
+        if start.finished:
+            console.say(_is_finished(output, start, prepared))
+    elif many:
         from finetune.train.processes.launch import launch
 
-        launch(recipe, nproc=nproc, nnodes=nnodes, master=master)
-        return
-    if not world.is_main:
+        launch(settled.recipe, nproc=nproc, nnodes=nnodes, master=master)
+    elif world.is_main:
+        with locked(output):
+            _run(settled, world, answer)
+    else:
         console.mute()
-        _run(recipe, world, answer)
-        return
-    output = Path(recipe.training.output_dir)
-    with locked(output):
-        _run(recipe, world, answer)
+        _run(settled, world, answer)
 
 
-def _run(recipe: Recipe, world: World, answer: Answer | None) -> None:
-    output = Path(recipe.training.output_dir)
+def _run(settled: Settled, world: World, answer: Answer | None) -> None:
+    output = Path(settled.recipe.training.output_dir)
     started = datetime.now(timezone.utc)
-    prepared = prepare(recipe, world.size, rank=world.rank)
-    from finetune.train.resume import find_start
-
+    prepared = prepare(settled, world.rank)
     join(world)
     start = find_start(prepared, world)
     if start.finished:
         if world.is_main and _report_is_old(output):
             write_report(output)
-        console.say(
-            f"{output} holds this run, finished: {start.step} of {prepared.plan.total_steps} steps. "
-            "To train again, change training.output_dir or pass training.resume_from_checkpoint=never."
-        )
+        console.say(_is_finished(output, start, prepared))
         return
     if world.is_main:
         describe(prepared, resumed_at=start.step)
     _guard(prepared, world, start, started, answer)
+
+
+def _is_finished(output: Path, start: Start, prepared: Prepared) -> str:
+    return (
+        f"{output} holds this run, finished: {start.step} of {prepared.plan.total_steps} steps. "
+        "To train again, change training.output_dir or pass training.resume_from_checkpoint=never."
+    )
 
 
 def _guard(prepared: Prepared, world: World, start: Start, started: datetime, answer: Answer | None) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import console
-from finetune.errors import CheckpointError, Fault, RecipeError
+from finetune.errors import CheckpointError
 from finetune.files import sync, sync_tree
 from finetune.methods import METHODS
 from finetune.model.adapters import LoraSettings
@@ -196,7 +196,12 @@ def _build_model(prepared: Prepared, start: Start):
     else:
         settings = lora_settings(recipe.lora)
         if source.lora is not None:
-            settings = _continued(settings, source.lora)
+            settings = replace(
+                source.lora,
+                dropout=settings.dropout,
+                variant=settings.variant,
+                lora_plus_ratio=settings.lora_plus_ratio,
+            )
         if source.lora is not None and checkpoint is None:
             loaded = load_model(source, dtype=recipe.model.dtype, training=True, quantization=quantization)
             model = loaded.model
@@ -231,27 +236,6 @@ def lora_settings(section) -> LoraSettings:
     values = section.model_dump()
     ratio = values.pop("loraplus_lr_ratio")
     return LoraSettings(**values, lora_plus_ratio=ratio or 1.0)
-
-
-def _continued(wanted: LoraSettings, found: LoraSettings) -> LoraSettings:
-    """Settings for training an adapter further: its shape is given, the recipe may change dropout and learning rates.
-
-    Raises:
-        RecipeError: the recipe asks for another adapter than model.path holds.
-    """
-    faults = []
-    for name in ("rank", "alpha"):
-        if getattr(wanted, name) != getattr(found, name):
-            faults.append(
-                Fault(f"is {getattr(wanted, name):g}, the adapter has {getattr(found, name):g}", f"lora.{name}")
-            )
-    if (wanted.variant == "rslora") != (found.variant == "rslora") or wanted.variant == "pissa":
-        faults.append(Fault(f"is {wanted.variant}, the adapter is a {found.variant}", "lora.variant"))
-    if faults:
-        fix = "Match the adapter, or export it merged with `finetune export` and train a new one on the result."
-        faults.append(Fault("model.path is an adapter, which can only be trained further as it is", fix=fix))
-        raise RecipeError.of(faults)
-    return replace(found, dropout=wanted.dropout, variant=wanted.variant, lora_plus_ratio=wanted.lora_plus_ratio)
 
 
 def _apply(model, settings: LoraSettings) -> None:

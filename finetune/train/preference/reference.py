@@ -29,14 +29,12 @@ import numpy as np
 from safetensors.numpy import load, save
 
 from finetune import console
-from finetune.chat.tokenizer import Tokenizer
 from finetune.compute.losses import LOSSES
-from finetune.errors import RecipeError
 from finetune.files import json_text, replace_file
 from finetune.model.identity import model_digest
 from finetune.model.load import load_model
 from finetune.model.lora import adapter_disabled, lora_layers, merge_lora
-from finetune.model.resolve import ModelSource, resolve_model
+from finetune.model.resolve import ModelSource
 from finetune.model.runtime import paddle as _bring_up
 from finetune.model.tensors import set_parameter
 from finetune.model.weights import open_adapter
@@ -111,8 +109,7 @@ def make_references(ready: Ready, section: DpoSection) -> list[Reference]:
     """One reference for each set of pairs: training, and evaluation if there is one.
 
     Raises:
-        RecipeError: `dpo.reference` does not share the policy's vocabulary.
-        CheckpointError: it cannot be loaded.
+        CheckpointError: `dpo.reference` cannot be loaded.
         ValueError: the pairs are streamed, so that nothing can be computed before; the recipe's rules refuse that.
     """
     prepared, world = ready.prepared, ready.world
@@ -124,7 +121,7 @@ def make_references(ready: Ready, section: DpoSection) -> list[Reference]:
     if not isinstance(prepared.plan, EpochPlan):
         raise ValueError("dpo.precompute_ref_log_probs is true, but the pairs of a stream are not known beforehand")
     opener = _Once(partial(_open_live, ready, section))
-    identity = _identity(ready, section) if world.is_main else {}
+    identity = _identity(ready) if world.is_main else {}
     output = Path(prepared.recipe.training.output_dir)
     found: list[Reference] = [
         _precomputed(_Scored(prepared.train, _training_batches(prepared.plan)), world, output, identity, opener)
@@ -155,10 +152,8 @@ class _Once:
 def _open_live(ready: Ready, section: DpoSection) -> LiveReference:
     prepared, model = ready.prepared, ready.model
     recipe, source = prepared.recipe, prepared.source
-    if section.reference is not None:
-        other = resolve_model(section.reference)
-        _check_vocabulary(prepared.tokenizer, other)
-        return LiveReference(_load(other, recipe))
+    if prepared.reference is not None:
+        return LiveReference(_load(prepared.reference, recipe))
     if recipe.lora is not None and source.kind == "adapter":
         return LiveReference(model, partial(_adapter_as, model, _initial_adapter(model, source)))
     if recipe.lora is not None:
@@ -172,16 +167,6 @@ def _load(source: ModelSource, recipe: Recipe):
     quantization = quantization_of(recipe)
     loaded = load_model(source, dtype=recipe.model.dtype, quantization=quantization)
     return loaded.model if loaded.lora is None or quantization is not None else merge_lora(loaded.model)
-
-
-def _check_vocabulary(tokenizer, other: ModelSource) -> None:
-    theirs = Tokenizer.from_folder(other.tokenizer_folder)
-    if theirs.backend.get_vocab() != tokenizer.backend.get_vocab():
-        raise RecipeError(
-            f"{other.name} has another vocabulary than the model that is trained",
-            where="dpo.reference",
-            fix="The reference scores the same tokens, so it must be a model of the same family.",
-        )
 
 
 def _initial_adapter(model, source: ModelSource) -> dict[str, dict[str, paddle.Tensor]]:
@@ -336,10 +321,10 @@ class _Cache:
         return self.record | {"sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _identity(ready: Ready, section: DpoSection) -> dict[str, Any]:
+def _identity(ready: Ready) -> dict[str, Any]:
     """Everything but the pairs that the log-probabilities depend on."""
     prepared, recipe = ready.prepared, ready.prepared.recipe
-    source = resolve_model(section.reference) if section.reference is not None else prepared.source
+    source = prepared.reference or prepared.source
     template = prepared.tokenizer.chat_template or ""
     identity: dict[str, Any] = {
         "format": _FORMAT,
@@ -347,7 +332,7 @@ def _identity(ready: Ready, section: DpoSection) -> dict[str, Any]:
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "dtype": ready.dtype,
     }
-    if recipe.lora is not None and recipe.lora.variant == "pissa" and section.reference is None:
+    if recipe.lora is not None and recipe.lora.variant == "pissa" and prepared.reference is None:
         # The base is then residual + starting factors, which is the same weight only up to rounding
         identity["pissa_rank"] = recipe.lora.rank
     if recipe.model.quantization != "none":

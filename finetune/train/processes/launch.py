@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.errors import ArgumentError, FinetuneError, Interrupted, TrainingError, UserError
+from finetune.model.runtime import gpu_count
 from finetune.recipe.load import dump_recipe
 
 if TYPE_CHECKING:
@@ -101,13 +102,8 @@ def _environment(nproc: int) -> dict[str, str]:
     env = dict(os.environ)
     # The cores are shared by the processes of this machine (runtime.py would give all of them to each).
     env.setdefault("MKL_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    env.setdefault("PADDLE_DISTRI_BACKEND", "gloo" if not has_gpu() else "nccl")
+    env.setdefault("PADDLE_DISTRI_BACKEND", "nccl" if gpu_count() else "gloo")
     return env
-
-
-def has_gpu() -> bool:
-    """Whether an NVIDIA driver is loaded; asked without importing paddle."""
-    return Path("/proc/driver/nvidia/version").exists()
 
 
 class _Processes:

@@ -90,6 +90,26 @@ def _by_name() -> dict[str, str]:
     return table
 
 
+_CHANGEABLE_SECTIONS = ("data", "training", "dpo")
+_CHANGEABLE_OF_LORA = ("lora.dropout", "lora.loraplus_lr_ratio")
+
+
+@lru_cache(maxsize=1)
+def changeable() -> dict[str, str]:
+    """What training.allow_changes takes, and the dotted key or section that each name means.
+
+    Weights and optimizer state still fit after such a change; after one of the model or the adapter they do not.
+
+    >>> changeable()["learning_rate"], changeable()["data"], changeable()["lora.dropout"]
+    ('training.learning_rate', 'data', 'lora.dropout')
+    """
+    table = {key: f"training.{key}" for key in recipe_keys()["training"]}
+    for section in _CHANGEABLE_SECTIONS:
+        table[section] = section
+        table |= {f"{section}.{key}": f"{section}.{key}" for key in recipe_keys()[section]}
+    return table | {key: key for key in _CHANGEABLE_OF_LORA}
+
+
 def nearest_key(section: str, key: str) -> str | None:
     """The dotted valid key nearest to `key`, which was found in `section`; None when nothing is near.
 

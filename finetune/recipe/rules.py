@@ -9,6 +9,7 @@ from finetune.compute.losses import LOSSES, LossOptions
 from finetune.errors import ArgumentError, did_you_mean
 from finetune.methods import METHODS
 from finetune.model.family import ADAPTABLE
+from finetune.recipe.names import changeable
 from finetune.recipe.schema import DpoSection, Recipe
 from finetune.rows.formats import FORMS
 
@@ -35,6 +36,7 @@ def clashes(recipe: Recipe) -> Iterator[Clash]:
     yield from _length_rules(recipe)
     yield from _schedule_rules(recipe)
     yield from _evaluation_rules(recipe)
+    yield from _resume_rules(recipe)
     if recipe.dpo is not None and METHODS[recipe.method].section == "dpo":
         yield from _loss_rules(recipe.dpo)
         yield from _reference_rules(recipe.dpo)
@@ -248,6 +250,23 @@ def _evaluation_rules(recipe: Recipe) -> Iterator[Clash]:
             f"training.save_steps is {training.save_steps}, which is not a multiple of training.eval_steps,"
             f" {training.eval_steps}, so the best step might not be saved",
             "Make it a multiple, or set load_best_model_at_end to false.",
+        )
+
+
+def _resume_rules(recipe: Recipe) -> Iterator[Clash]:
+    training = recipe.training
+    for name in training.allow_changes:
+        if name not in changeable():
+            yield Clash(
+                ("training.allow_changes",),
+                f"training.allow_changes names {name!r}, which is no key that may change when a run is resumed",
+                did_you_mean(name, changeable(), "Keys of data, training and dpo may, and lora.dropout."),
+            )
+    if training.allow_changes and training.resume_from_checkpoint == "never":
+        yield Clash(
+            ("training.allow_changes", "training.resume_from_checkpoint"),
+            "training.allow_changes is set, but training.resume_from_checkpoint is never",
+            "Remove one: a run that starts anew has nothing to differ from.",
         )
 
 

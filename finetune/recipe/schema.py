@@ -172,6 +172,9 @@ class TrainingSection(Section):
         recompute: Compute activations a second time instead of keeping them: less memory, more time.
         resume_from_checkpoint: `auto`: go on from the newest good checkpoint in `output_dir`, if any. `never`: start
             over. Or a checkpoint folder. The written recipe.yaml always has `auto`.
+        allow_changes: Keys that may differ from those of the run that is resumed, such as `[learning_rate]` or
+            `[data.train, max_grad_norm]`; a section's name stands for all of its keys. For once: the written
+            recipe.yaml has none. `max_steps` and `num_train_epochs` need not be named.
     """
 
     output_dir: Text = "outputs/run"
@@ -203,6 +206,7 @@ class TrainingSection(Section):
     resume_from_checkpoint: Annotated[
         Text, Field(json_schema_extra={"takes": "auto, never, or a checkpoint folder"})
     ] = "auto"
+    allow_changes: Annotated[list[Text], Field(max_length=100)] = []
 
     @model_validator(mode="before")
     @classmethod

@@ -41,8 +41,8 @@ class Checkpoint:
     """A complete checkpoint on disk.
 
     Attributes:
-        state: The content of state.json: `run` (see RunState), `fingerprint` and `evaluation` (see resume.py), and with
-            a stream of rows `stream`, where each rank stands in it.
+        state: The content of state.json: `run` (see RunState), `fingerprint`, `evaluation` and `history` (see
+            resume.py), and with a stream of rows `stream`, where each rank stands in it.
     """
 
     folder: Path

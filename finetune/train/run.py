@@ -9,7 +9,7 @@ import shutil
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune import console
 from finetune.errors import Fault, FinetuneError, Interrupted, StorageError, TrainingError, UserError
@@ -28,6 +28,7 @@ from finetune.train.samples import Answer, write_samples
 
 if TYPE_CHECKING:
     from finetune.recipe.schema import Recipe
+    from finetune.train.session import Session
 
 
 def train(
@@ -63,8 +64,7 @@ def train(
         prepared = prepare(settled)
         start = find_start(prepared, World(), look_only=True)
         describe(prepared, resumed_at=start.step)
-        if start.finished:
-            console.say(_is_finished(output, start, prepared))
+        _say_start(start, prepared)
     elif many:
         from finetune.train.processes.launch import launch
 
@@ -86,18 +86,26 @@ def _run(settled: Settled, world: World, answer: Answer | None) -> None:
     if start.finished:
         if world.is_main and _report_is_old(output):
             write_report(output)
-        console.say(_is_finished(output, start, prepared))
+        _say_start(start, prepared)
         return
     if world.is_main:
         describe(prepared, resumed_at=start.step)
+        _say_start(start, prepared)
     _guard(prepared, world, start, started, answer)
 
 
-def _is_finished(output: Path, start: Start, prepared: Prepared) -> str:
-    return (
-        f"{output} holds this run, finished: {start.step} of {prepared.plan.total_steps} steps. "
-        "To train again, change training.output_dir or pass training.resume_from_checkpoint=never."
-    )
+def _say_start(start: Start, prepared: Prepared) -> None:
+    """Say that nothing is left to do, or what is other than in the run that is gone on with."""
+    training, total = prepared.recipe.training, prepared.plan.total_steps
+    if start.finished:
+        console.say(
+            f"{Path(training.output_dir)} holds this run, finished: {start.step} of {total} steps. To go on, raise "
+            f"training.{'num_train_epochs' if training.max_steps is None else 'max_steps'}; to train again, change "
+            "training.output_dir or pass training.resume_from_checkpoint=never."
+        )
+    elif start.changes is not None:
+        for line in start.changes.lines(prepared.recipe, total):
+            console.say(line)
 
 
 def _guard(prepared: Prepared, world: World, start: Start, started: datetime, answer: Answer | None) -> None:
@@ -111,7 +119,7 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
         if world.is_main:
             _open_folder(output, recipe, fresh=start.checkpoint is None)
         session = Session(prepared, world, start)
-        manifest = _Manifest(prepared, session, started)
+        manifest = _Manifest(prepared, session, start.history, started)
         if world.is_main:
             manifest.write("running")
         with MetricsWriter(output / "metrics.jsonl", start.step) if world.is_main else _NoMetrics() as metrics:
@@ -195,7 +203,7 @@ def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:
 
 def _write_recipe(path: Path, recipe: Recipe) -> None:
     """Write the recipe that goes on with this run, whole: a reader sees the old file or the new one."""
-    training = recipe.training.model_copy(update={"resume_from_checkpoint": "auto"})
+    training = recipe.training.model_copy(update={"resume_from_checkpoint": "auto", "allow_changes": []})
     replace_file(path, dump_recipe(recipe.model_copy(update={"training": training})))
 
 
@@ -221,8 +229,8 @@ class _NoMetrics:
 class _Manifest:
     """manifest.json, written at the start and again at the end."""
 
-    def __init__(self, prepared: Prepared, session, started: datetime):
-        self.prepared, self.session, self.started = prepared, session, started
+    def __init__(self, prepared: Prepared, session: Session, history: list[dict[str, Any]], started: datetime):
+        self.prepared, self.session, self.history, self.started = prepared, session, history, started
 
     def write(self, status: str) -> None:
         prepared, session = self.prepared, self.session
@@ -248,6 +256,7 @@ class _Manifest:
             tokens={"seen": session.state.num_tokens},
             extra={
                 "world_size": session.world.size,
+                "history": self.history,
                 "best": _best(session.state),
                 "load_best_model_at_end": prepared.recipe.training.load_best_model_at_end,
             },

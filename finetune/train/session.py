@@ -38,11 +38,10 @@ class Session:
 
     def __init__(self, prepared: Prepared, world: World, start: Start):
         self.prepared, self.world = prepared, world
-        self._identity = {"fingerprint": start.fingerprint, "evaluation": start.evaluation}
+        self._identity = {"fingerprint": start.fingerprint, "evaluation": start.evaluation, "history": start.history}
         self._rotation_due = False
         if prepared.stream is not None:  # so that rows are there when the model is
-            checkpoint = start.checkpoint
-            prepared.stream.start(None if checkpoint is None else checkpoint.state["stream"][world.rank])
+            prepared.stream.start(_position(start, world))
         # Read now: the model's folder may be gone before the run ends.
         source = prepared.source
         self._companions = read_companions(source.config, source.tokenizer_folder, source.generation_file)
@@ -184,6 +183,14 @@ def _copy(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         shutil.copyfile(path, target / path.name)
     sync_tree(target)
+
+
+def _position(start: Start, world: World) -> dict[str, Any] | None:
+    """Where this rank goes on in a stream; None at its beginning, as with other rows than before."""
+    if start.checkpoint is None or (start.changes is not None and start.changes.rows):
+        return None
+    position: dict[str, Any] = start.checkpoint.state["stream"][world.rank]
+    return position
 
 
 def _build_model(prepared: Prepared, start: Start):

@@ -140,7 +140,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would happen: steps, tokens, memory.")
     ] = False,
-    nproc: Annotated[int, _positive(metavar="N", help="Processes on this machine, one per GPU.")] = 1,
+    nproc: Annotated[int, _positive(metavar="N", help="Processes: one per GPU, or CPU processes.")] = 1,
     nnodes: Annotated[int, _positive(metavar="N", help="Machines.")] = 1,
     master: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="First machine, with --nnodes.")] = None,
 ) -> None:
@@ -425,7 +425,10 @@ def copy_recipe(
     from finetune.recipe.shipped import copy_shipped
 
     written = copy_shipped(name, file, replace=force)
-    typer.echo(f"wrote {written}; edit data.train, then: finetune train {written}")
+    typer.echo(
+        f"wrote {written}; edit model.path, data.train (your rows; data.eval_fraction of them are evaluated on),\n"
+        f"data.max_length and training.output_dir, then: finetune train {written} --dry-run"
+    )
 
 
 def _answer(model, tokenizer, prompts) -> list[str]:

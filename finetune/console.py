@@ -37,7 +37,15 @@ MARK_INTERVAL = 0.1
 
 BAR_WIDTH = 30
 
-_SHORT_NAMES = {"learning_rate": "lr", "tokens_per_second": "tok/s", "eval_loss": "eval loss"}
+_SHORT_NAMES = {
+    "learning_rate": "lr",
+    "tokens_per_second": "tok/s",
+    "eval_loss": "eval loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "eval_rewards/accuracies": "accuracy",
+    "eval_rewards/margins": "margin",
+}
 
 _warned: set[str] = set()
 
@@ -95,20 +103,24 @@ def table(title: str, rows: Sequence[tuple[str, Any]]) -> None:
 
 
 @contextmanager
-def progress(total: int | None, description: str, unit: str = "step", done: int = 0) -> Iterator[Bar]:
+def progress(
+    total: int | None, description: str, unit: str = "step", done: int = 0, stays: bool = False
+) -> Iterator[Bar]:
     """Show how far a piece of work has come.
 
     Bars may be opened inside each other (an evaluation during training). On a terminal an inner bar vanishes when it is
-    done and the outer one leaves its last line behind. In plain text a bar prints a line after `PLAIN_DELAY` seconds
-    (an inner one after `PLAIN_INTERVAL`), then one every `PLAIN_INTERVAL` seconds, and its last state.
+    done, unless it stays, and the outer one leaves its last line behind. In plain text a bar prints a line after
+    `PLAIN_DELAY` seconds (an inner one after `PLAIN_INTERVAL`), then one every `PLAIN_INTERVAL` seconds, and its last
+    state.
 
     Args:
         total: Units of work in all, `done` included; None when unknown.
         description: One or two words in front of the bar, such as `train`.
         unit: What is counted, singular.
         done: Units that were done before this process started. They count as done, but not for the rate.
+        stays: Leave the closing line on a terminal too where the bar is an inner one.
     """
-    bar = Bar(total, description, unit, done)
+    bar = Bar(total, description, unit, done, stays=stays)
     _display.open(bar)
     try:
         yield bar
@@ -129,11 +141,13 @@ class Bar:
         unit: str = "step",
         done: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        stays: bool = False,
     ):
         self.total = total
         self.description = description
         self.unit = unit
         self.done = done
+        self.stays = stays
         self.fields: dict[str, Any] = {}
         self.stopped = False
         self.printed_at: float | None = None
@@ -272,6 +286,8 @@ class _Display:
         elif outermost:
             self._live.stop()
             self._live = None
+            say(bar.line(last=True))
+        elif bar.stays:
             say(bar.line(last=True))
 
     def _render(self) -> Text:

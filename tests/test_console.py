@@ -30,7 +30,7 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(console.Bar.__init__, "__defaults__", ("step", 0, clock))
+    monkeypatch.setattr(console.Bar.__init__, "__defaults__", ("step", 0, clock, False))
     return clock
 
 
@@ -283,3 +283,13 @@ def test_rates(rate, shown):
 )
 def test_durations(seconds, shown):
     assert console.format_seconds(seconds) == shown
+
+
+def test_an_inner_bar_that_stays_leaves_its_line_above_the_live_one(terminal):
+    with console.progress(4, "train") as bar:
+        bar.advance(1, loss=1.5, **{"rewards/accuracies": 0.75, "rewards/margins": 0.25})
+        with console.progress(1, "evaluate", "batch", stays=True) as inner:
+            inner.advance(1, step=1, eval_loss=0.5)
+        lines = terminal.getvalue().replace("\r", "\n").splitlines()
+    assert any("evaluate 1/1  step 1  eval loss 0.5000" in line for line in lines)
+    assert "train 1/4  loss 1.5000  accuracy 0.7500  margin 0.2500" in bar.line()

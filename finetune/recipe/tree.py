@@ -68,6 +68,30 @@ def _line(mark: Any) -> int | None:
     return None if mark is None else int(mark.line) + 1
 
 
+_FIXES = {
+    "'\\t'": "Indent with spaces, not with tabs",
+    "alphabetic or numeric character": "Put text that starts with * or & in quotes",
+    "mapping values are not allowed": "Put a value that holds ': ' in quotes, and the keys of a section in one column",
+    "expected <block end>": "Put the keys of a section in one column",
+}
+
+
+def _slip(error: yaml.YAMLError) -> tuple[int, str, str] | None:
+    """(line, what, fix) where the slip stands before the place at which reading could not go on."""
+    line = _line(getattr(error, "context_mark", None))
+    context, problem = str(getattr(error, "context", "")), str(getattr(error, "problem", ""))
+    if line is None:
+        return None
+    if "scanning a quoted scalar" in context:
+        return line, "a text that begins with a quote here has no end", "Close the quote"
+    if "parsing a flow" in context:
+        bracket = "[" if "sequence" in context else "{"
+        return line, f"what a '{bracket}' opens here is not closed", "Close it, or put a comma where one is missing"
+    if "could not find expected ':'" in problem:
+        return line, "this line has no ':' behind its key", "Write 'key: value'"
+    return None
+
+
 class _Stop(Exception):
     """Reading cannot go on; the fault is already noted."""
 
@@ -134,10 +158,9 @@ class _Composer:
             problem = f"character {character!r} is not allowed" if isinstance(character, str) else str(error)
             if isinstance(character, int):
                 problem = f"character U+{character:04X} is not allowed"
-        fix = "Indent with spaces, not with tabs" if "'\\t'" in problem else None
-        if "alphabetic or numeric character" in problem:
-            fix = "Put text that starts with * or & in quotes"
-        self._note(_line(mark), f"this is not valid YAML: {problem}", fix)
+        fix = next((fix for words, fix in _FIXES.items() if words in problem), None)
+        line, problem, fix = _slip(error) or (_line(mark), problem, fix)
+        self._note(line, f"this is not valid YAML: {problem}", fix)
         self.tree.complete = False
 
     def _take(self, event: yaml.Event) -> None:

@@ -133,7 +133,7 @@ def train_loop(
             if state.step % training.logging_steps == 0 or last:
                 row = _row(state, step, learning_rate, metrics)
                 log(row)
-                bar.update(loss=row["loss"], tokens_per_second=row["tokens_per_second"])
+                bar.update(**{name: row[name] for name in (*task.shown, "tokens_per_second")})
                 state.interval = Interval()
             bar.advance(1)
             saved = False
@@ -241,7 +241,7 @@ def _evaluate_and_judge(
     evaluation: Evaluation[Batch], world: World, state: RunState, log: Callable[[dict[str, Any]], None]
 ) -> bool:
     """Evaluate, log, and say whether this is the best loss so far."""
-    metrics = evaluate(evaluation, world)
+    metrics = evaluate(evaluation, world, state.step)
     log({"step": state.step} | metrics)
     loss = metrics["eval_loss"]
     if math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss):
@@ -251,13 +251,13 @@ def _evaluate_and_judge(
     return False
 
 
-def evaluate(evaluation: Evaluation[Batch], world: World) -> dict[str, float]:
-    """Means over the whole evaluation set, each name prefixed by `eval_`."""
+def evaluate(evaluation: Evaluation[Batch], world: World, step: int) -> dict[str, float]:
+    """Means over the whole evaluation set, each name prefixed by `eval_`; a line of them stays on the screen."""
     task = evaluation.task
     task.model.eval()
     sums: dict[str, float] = {}
     weight = 0.0
-    with paddle.no_grad(), progress(len(evaluation.batches), "evaluate", unit="batch") as bar:
+    with paddle.no_grad(), progress(len(evaluation.batches), "evaluate", unit="batch", stays=True) as bar:
         for batch in evaluation.batches:
             layout = task.layout(batch)
             weight += task.weight(layout)
@@ -266,7 +266,7 @@ def evaluate(evaluation: Evaluation[Batch], world: World) -> dict[str, float]:
             bar.advance(1)
         weight, *totals = world.all_sum([weight] + [sums.get(name, 0.0) for name in task.metric_names])
         metrics = {f"eval_{name}": total / weight for name, total in zip(task.metric_names, totals)}
-        bar.update(eval_loss=metrics["eval_loss"])
+        bar.update(step=step, **{f"eval_{name}": metrics[f"eval_{name}"] for name in task.shown})
     return metrics
 
 

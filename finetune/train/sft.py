@@ -22,6 +22,7 @@ class SftTask:
     """Cross-entropy over supervised tokens; see `Task`."""
 
     metric_names: tuple[str, ...] = ("loss",)
+    shown: tuple[str, ...] = ("loss",)
 
     def __init__(self, model: Any, dataset: Examples, packs: Packs):
         self.model = model

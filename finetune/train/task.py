@@ -35,10 +35,12 @@ class Task(Protocol[Batch]):
     Attributes:
         model: What is trained.
         metric_names: The sums that `loss` gives, `loss` itself among them.
+        shown: Those of them that stand beside the progress bar.
     """
 
     model: Any
     metric_names: tuple[str, ...]
+    shown: tuple[str, ...]
 
     def layout(self, units: Sequence[int]) -> Batch:
         """The micro-batch of the given units."""

@@ -42,6 +42,7 @@ class DpoTask:
         "logps/chosen",
         "logps/rejected",
     )
+    shown: tuple[str, ...] = ("loss", "rewards/accuracies", "rewards/margins")
 
     def __init__(self, model: Any, batcher: PairBatcher, section: DpoSection, reference: Reference):
         self.model, self.batcher, self.reference = model, batcher, reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -325,3 +326,12 @@ def test_only_pairs_that_the_run_reaches_are_scored(tmp_path, tiny_folder):
     known = load_file(next((run / "reference").glob("*.safetensors")))
     assert np.isfinite(known["chosen"]).sum() == 8
     assert len(known["chosen"]) == 24
+
+
+def test_the_bar_and_the_evaluation_say_accuracy_and_margin(tmp_path, tiny_folder, capfd):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=2, eval_steps=2)
+    train(recipe, tmp_path / "run", "data.eval_fraction=0.25", LORA)
+    lines = capfd.readouterr().err.splitlines()
+    shown = {word: next(line for line in lines if line.startswith(word)) for word in ("train 2/2", "evaluate")}
+    assert re.match(r"train 2/2  loss \S+  accuracy \S+  margin \S+  ", shown["train 2/2"])
+    assert re.match(r"evaluate \S+  step 2  eval loss \S+  accuracy \S+  margin \S+  ", shown["evaluate"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from finetune.console import format_number, format_seconds
 from finetune.errors import DataError
 from finetune.files import replace_file
 from finetune.methods import METHODS
+from finetune.report import headline
 from finetune.report.charts import Chart, draw, series
 from finetune.report.metrics import read_metrics
 
@@ -35,6 +35,8 @@ VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "lora_plus": "LoRA+", "pissa": "
 COUNT_NAMES = {"unsupervised": "without a supervised token", "longest": "tokens of the longest row"}
 ALWAYS_COUNTED = ("read", "kept", "truncated", "dropped")
 
+_CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n?", re.DOTALL)
+_ASKING, _DEFAULT_SYSTEM = "<|im_start|>assistant", "You are a helpful assistant."
 _YAML_LINE = re.compile(r"^(\s*(?:- )?)([\w.-]+:)(.*?)(\s#.*)?$")
 
 
@@ -97,17 +99,19 @@ def render_report(run: Run) -> str:
     environment.filters["json"] = lambda value: json.dumps(value, separators=(",", ":"))
     files = resources.files("finetune.report")
     template = environment.from_string((files / "report.html.j2").read_text(encoding="utf-8"))
-    loss, eval_loss = series(run.rows, "loss", "loss"), series(run.rows, "eval_loss", "eval loss")
+    charts = _charts(run.rows)
     return template.render(
         css=Markup((files / "report.css").read_text(encoding="utf-8")),
         js=Markup((files / "report.js").read_text(encoding="utf-8")),
         name=_name(run),
         title=_title(run),
         what=_what(run),
-        went=_went(loss, eval_loss, run.rows),
+        went=headline.sentences(run.rows),
         status=_status(run),
-        tiles=list(_tiles(run, loss, eval_loss)),
-        charts=_charts(run.rows),
+        tiles=list(_tiles(run)),
+        charts=charts,
+        smoothed=any(line.kind == "raw" for chart in charts for line in chart.lines),
+        averaged=sum("loss" in row for row in run.rows) >= 20,  # from there on a tenth is more than one value
         samples=[_sample(sample) for sample in run.samples[:MAX_SAMPLES]],
         samples_left=max(0, len(run.samples) - MAX_SAMPLES),
         matches=_matches(run.samples),
@@ -115,7 +119,7 @@ def render_report(run: Run) -> str:
         throughput=list(_throughput(run)),
         recipe=[_yaml_line(line) for line in run.recipe_text[:MAX_RECIPE_CHARS].splitlines()],
         recipe_cut=len(run.recipe_text) > MAX_RECIPE_CHARS,
-        provenance=list(_provenance(run.manifest)),
+        provenance=[*_history(run.manifest), *_provenance(run.manifest)],
         notes=run.notes,
     )
 
@@ -185,37 +189,6 @@ def _what(run: Run) -> str:
     return text.replace(",.", ".")
 
 
-def _went(loss: Any, eval_loss: Any, rows: list[dict[str, Any]]) -> str:
-    """Say how it went, in words that the numbers bear out."""
-    parts = []
-    ends = _ends(loss)
-    if ends:
-        first, last = ends
-        moved = "fell" if last < first else "rose"
-        still = math.isclose(first, last, rel_tol=0.005)
-        parts.append(
-            f"Training loss stayed at {last:.3g}."
-            if still
-            else f"Training loss {moved} from {first:.3g} to {last:.3g}."
-        )
-    values = eval_loss.values[np.isfinite(eval_loss.values)]
-    if len(values):
-        best = int(np.argmin(values))
-        step = int(eval_loss.steps[np.isfinite(eval_loss.values)][best])
-        text = f"Evaluation loss was lowest at step {step:,} ({values[best]:.3g})"
-        if values[-1] > values[best] * 1.02:
-            text += f" and ended higher, at {values[-1]:.3g}"
-        parts.append(text + ".")
-    shares = [
-        f"{ends[1]:.0%} of {kind} pairs"
-        for key, kind in (("rewards/accuracies", "training"), ("eval_rewards/accuracies", "evaluation"))
-        if (ends := _ends(series(rows, key, "")))
-    ]
-    if shares:
-        parts.append(f"At the end the chosen answer is preferred in {' and '.join(shares)}.")
-    return " ".join(parts)
-
-
 def _status(run: Run) -> tuple[str, str]:
     """Give the state of the run, and its CSS class."""
     done, planned = run.rows[-1]["step"] if run.rows else 0, _get(run.manifest, "steps", "planned")
@@ -228,28 +201,17 @@ def _status(run: Run) -> tuple[str, str]:
     return (f"not finished{of}" if run.rows else "no steps yet"), "open"
 
 
-def _tiles(run: Run, loss: Any, eval_loss: Any) -> Iterator[tuple[str, str, str]]:
+def _tiles(run: Run) -> Iterator[tuple[str, str, str]]:
     """Give the headline figures as (name, value, remark)."""
-    ends = _ends(loss)
-    if ends:
-        yield "Training loss", f"{ends[1]:.3g}", f"from {ends[0]:.3g}"
-    finite = np.isfinite(eval_loss.values)
-    if finite.any():
-        best = int(np.argmin(np.where(finite, eval_loss.values, np.inf)))
-        yield "Best evaluation loss", f"{eval_loss.values[best]:.3g}", f"at step {int(eval_loss.steps[best]):,}"
-    for key, name in (("rewards/accuracies", "Pairs ranked right"), ("rewards/margins", "Reward margin")):
-        held_out, training = (_ends(series(run.rows, prefix + key, "")) for prefix in ("eval_", ""))
-        values = held_out or training
-        if values:
-            shown = [f"{value:.0%}" if key.endswith("accuracies") else f"{value:.3g}" for value in values]
-            yield name, shown[1], "evaluation" if held_out else f"from {shown[0]}"
+    yield from headline.figures(run.rows)
     matches = _matches(run.samples)
     if matches:
         remark = f"before: {matches['before']}" if matches["before"] is not None else "equal to the reference"
         yield "Exact answers", f"{matches['after']} of {matches['of']}", remark
     tokens = [row["num_tokens"] for row in run.rows if isinstance(row.get("num_tokens"), int)]
     if tokens:
-        yield "Tokens seen", _short(tokens[-1]), f"{tokens[-1]:,}"
+        short, full = _short(tokens[-1]), f"{tokens[-1]:,}"
+        yield "Tokens seen", short, "in all steps" if short == full else full
     speeds = _speeds(run)
     if speeds:
         yield "Throughput", _short(statistics.median(speeds)), "tokens a second, median"
@@ -282,15 +244,6 @@ def _charts(rows: list[dict[str, Any]]) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _ends(line: Any) -> tuple[float, float] | None:
-    """Give the means of the first and the last tenth of a series, so that one lucky batch makes no headline."""
-    values = line.values[np.isfinite(line.values)]
-    if not len(values):
-        return None
-    tenth = max(1, len(values) // 10)
-    return float(values[:tenth].mean()), float(values[-tenth:].mean())
-
-
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     reference = sample.get("reference")
     answers = []
@@ -298,21 +251,31 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
         if sample.get(key) is not None:
             right = None if reference is None else str(sample[key]).strip() == str(reference).strip()
             answers.append({"name": key, "text": _clip(sample[key]), "right": right})
+    prompt = sample.get("prompt", "")
+    turns = _turns(prompt)
     return {
-        "prompt": _clip(_prompt(sample.get("prompt", ""))),
+        "turns": [(role, _clip(text)) for role, text in turns],
+        "prompt": _clip(prompt) if isinstance(prompt, str) else None,
         "reference": None if reference is None else _clip(reference),
         "answers": answers,
     }
 
 
-def _prompt(prompt: Any) -> str:
-    """Write a prompt as text; messages as `role: content`, a single user message as its content."""
-    if not isinstance(prompt, list):
-        return str(prompt)
-    messages = [message for message in prompt if isinstance(message, dict)]
-    if len(messages) == 1 and messages[0].get("role") == "user":
-        return str(messages[0].get("content"))
-    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+def _turns(prompt: Any) -> list[tuple[str, str]]:
+    """What a prompt says, as (role, text), without tags: messages, or a text of ChatML. Else the text by itself.
+
+    Left out are the system prompt that Qwen2's template puts in and the header that asks for the answer, and the role
+    where there is one turn.
+    """
+    if isinstance(prompt, list):
+        messages = [message for message in prompt if isinstance(message, dict)]
+        turns = [(str(message.get("role")), str(message.get("content"))) for message in messages]
+    else:
+        found = _CHATML.findall(str(prompt))
+        if not found or _CHATML.sub("", str(prompt)).strip() not in ("", _ASKING):
+            return [("", str(prompt))]
+        turns = [turn for turn in found if turn != ("system", _DEFAULT_SYSTEM)]
+    return [("", turns[0][1])] if len(turns) == 1 and turns[0][0] == "user" else turns
 
 
 def _matches(samples: list[Mapping[str, Any]]) -> dict[str, int | None] | None:
@@ -383,13 +346,31 @@ def _throughput(run: Run) -> Iterator[tuple[str, str]]:
         resumed = (_training_seconds(run) or 0) > seconds
         yield "Start to end" + (" of the last session" if resumed else ""), _duration(seconds)
     for key, value in (_get(run.manifest, "tokens") or {}).items():
+        if key == "seen":  # among the figures at the top
+            continue
         yield f"Tokens, {_words(key)}", f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _history(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """List what changed between the sessions of a run that was gone on with."""
+    history = manifest.get("history")
+    for entry in history if isinstance(history, list) else ():
+        changes = entry.get("changes") if isinstance(entry, dict) else None
+        if not isinstance(changes, dict):
+            continue
+        said = [
+            f"{key} {_plain(pair[0])} \u2192 {_plain(pair[1])}"
+            if isinstance(pair, list) and len(pair) == 2 and not any(isinstance(value, (list, dict)) for value in pair)
+            else str(key)
+            for key, pair in changes.items()
+        ]
+        yield f"changed after step {_plain(entry.get('after_step'))}", ", ".join(said)
 
 
 def _provenance(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """List the rest of the manifest, nested keys joined."""
     for key, value in manifest.items():
-        if key in ("data", "tokens", "status", "steps", "method", "seconds") or value in (None, {}, []):
+        if key in ("data", "tokens", "status", "steps", "method", "seconds", "history") or value in (None, {}, []):
             continue
         if key == "command" and isinstance(value, list):
             yield "command", " ".join(str(word) for word in value)

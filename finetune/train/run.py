@@ -122,12 +122,14 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
         manifest = _Manifest(prepared, session, start.history, started)
         if world.is_main:
             manifest.write("running")
+            if answer is not None and start.checkpoint is None:
+                write_samples(output / "samples.json", prepared, session.model, answer, "before")
         with MetricsWriter(output / "metrics.jsonl", start.step) if world.is_main else _NoMetrics() as metrics:
             reason = session.train(metrics.write)
         if reason != "interrupted":
             session.write_final(output / "final")
             if world.is_main and answer is not None:
-                write_samples(output / "samples.json", prepared, session.model, answer)
+                write_samples(output / "samples.json", prepared, session.model, answer, "after")
         if world.is_main:
             for note in [] if prepared.stream is None else prepared.stream.report.notes:
                 console.warn(note)

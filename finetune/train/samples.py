@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,13 +19,14 @@ COUNT = 3
 Answer = Callable[[Any, Any, Sequence[Sequence[int]]], list[str]]
 
 
-def write_samples(path: Path, prepared: Prepared, model: Any, answer: Answer) -> None:
+def write_samples(path: Path, prepared: Prepared, model: Any, answer: Answer, when: Literal["before", "after"]) -> None:
     """Answer the first evaluation rows (training rows where there are none) and write them down.
 
     Args:
-        model: The tuned model.
+        model: The model before training, or the tuned one.
         answer: (model, tokenizer, prompts as token ids) -> texts; given from outside, since training does not know of
             decoding.
+        when: Which of the two it is. Answers from before training that `path` holds are kept beside those after it.
     """
     rows = prepared.first_rows if prepared.eval is None else prepared.eval.rows
     examples = [rows[i].wanted for i in range(min(COUNT, len(rows)))]
@@ -33,15 +35,23 @@ def write_samples(path: Path, prepared: Prepared, model: Any, answer: Answer) ->
     prompts = [example.input_ids[:start] for example, (start, _) in zip(examples, cut)]
     keep = [i for i, prompt in enumerate(prompts) if len(prompt)]
     texts = answer(model, prepared.tokenizer, [prompts[i] for i in keep])
-    samples = [
-        {
-            "prompt": decode(prompts[i].tolist(), skip_special_tokens=False),
-            "reference": decode(examples[i].input_ids[slice(*cut[i])].tolist(), skip_special_tokens=True),
-            "after": text,
-        }
-        for i, text in zip(keep, texts)
-    ]
+    earlier = _earlier(path) if when == "after" else {}
+    samples = []
+    for i, text in zip(keep, texts):
+        prompt = decode(prompts[i].tolist(), skip_special_tokens=False)
+        reference = decode(examples[i].input_ids[slice(*cut[i])].tolist(), skip_special_tokens=True)
+        before = {"before": earlier[prompt]} if prompt in earlier else {}
+        samples.append({"prompt": prompt, "reference": reference, **before, when: text})
     write_json(path, samples, sort_keys=False)
+
+
+def _earlier(path: Path) -> dict[str, str]:
+    """Answers from before training by prompt, as far as the file holds them."""
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8"))
+        return {sample["prompt"]: sample["before"] for sample in samples if "before" in sample}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def last_response(labels: np.ndarray) -> tuple[int, int]:

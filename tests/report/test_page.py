@@ -119,7 +119,9 @@ def test_a_finished_run(tmp_path):
         "Qwen2-0.5B: supervised fine-tuning",
         "Supervised fine-tuning of Qwen/Qwen2-0.5B with rsLoRA of rank 8 on 1,180 rows of train.jsonl.",
         "100 optimizer steps in 1:04 on the CPU.",
-        "Evaluation loss was lowest at step 75 (0.7) and ended higher, at 0.8.",
+        "Evaluation loss fell from 0.9 to 0.7 at step 75 and ended higher, at 0.8. Training loss fell from",
+        "Evaluation loss 0.8 from 0.9, lowest 0.7 at step 75",
+        "Faint lines are the logged values",
         "1 of 1 answers are exactly the reference after training, 0 before.",
         "without a supervised token 3",
         "7 rows were cut",
@@ -189,9 +191,9 @@ def test_a_long_run_with_long_samples_stays_small(tmp_path):
     ("rows", "expected"),
     [
         ([], "No step has been logged yet."),
-        ([{"step": 1, "loss": 2.5}], "Training loss stayed at 2.5."),
+        ([{"step": 1, "loss": 2.5}], "Training loss 2.5 at the last step"),
         ([{"step": 1, "loss": math.nan}], "1 optimizer step"),
-        ([{"step": 5, "eval_loss": 1.5}], "Evaluation loss was lowest at step 5 (1.5)."),
+        ([{"step": 5, "eval_loss": 1.5}], "Evaluation loss was 1.5 at step 5."),
         (sft_rows(40), "not finished at step 40"),
     ],
 )

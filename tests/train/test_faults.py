@@ -223,17 +223,16 @@ def test_a_disk_that_fills_up_under_the_recipe_leaves_the_old_one(tmp_path, tiny
     assert finetune("train", recipe) == 0
     shutil.rmtree(run / "final")
     before = (run / "recipe.yaml").read_text(encoding="utf-8")
-    real = Path.write_text
+    real = os.fsync
 
-    def write_text(self, *arguments, **options):
-        if not self.name.startswith("recipe.yaml"):
-            return real(self, *arguments, **options)
-        self.write_bytes(b"")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fsync(handle):
+        if "recipe.yaml" in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
 
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", write_text)
+        patch.setattr(os, "fsync", fsync)
         assert finetune("train", recipe) == 1
     assert f"{run}: cannot be written: No space left on device (" in capsys.readouterr().err
     assert (run / "recipe.yaml").read_text(encoding="utf-8") == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from finetune.chat.lost import find_lost
@@ -102,17 +103,20 @@ class View:
             self._check_header(index, len(prompt))
             return len(prompt)
         before = self._end(index - 1)
-        shared = min(len(os.path.commonprefix([prompt, self.text])), self._content_start(index, before))
+        shared = self._without_content(index, len(os.path.commonprefix([prompt, self.text])))
         if shared <= before:
             self._check_prefix(prompt, f"messages before number {index + 1}")
         self._note_surplus(prompt[shared:])
         return shared
 
-    def _content_start(self, index: int, after: int) -> int:
-        """Where the text of a message begins behind a place; the end of all where it cannot be found."""
-        content = (self.messages[index].get("content") or "").strip()
-        at = self.text.find(content, after) if content else -1
-        return len(self.text) if at < 0 else at
+    def _without_content(self, index: int, end: int) -> int:
+        """Where message `index` begins, if what prompt and text share up to `end` holds its first characters too."""
+        content = self.messages[index].get("content") or ""
+        for text in (content, content.strip()):
+            for start in range(end, end - len(text) - 1, -1):
+                if text and self.text.startswith(text, start):
+                    return start
+        return end
 
     def _note_surplus(self, surplus: str) -> None:
         self.surplus = self.surplus or surplus
@@ -127,12 +131,14 @@ class View:
         at = self.text.find(header)
         if header and at >= 0:
             return at + len(header)
-        content = self._content_start(0, 0)
-        shared = next((size for size in range(len(header), 0, -1) if self.text.endswith(header[:size], 0, content)), 0)
-        if not shared:
+        content = (self.messages[0].get("content") or "").strip()
+        starts = [match.start() for match in re.finditer(re.escape(content), self.text)] if content else []
+        shared = {start: _ends_in(self.text[:start], header) for start in starts}
+        start = max(starts, key=lambda start: shared[start], default=0)
+        if not shared.get(start):
             raise self._fault("the conversation starts with an assistant message, whose beginning cannot be found")
-        self._note_surplus(header[shared:])
-        return content
+        self._note_surplus(header[shared[start] :])
+        return start
 
     def _end(self, index: int) -> int:
         if index == len(self.messages) - 1:
@@ -179,6 +185,11 @@ def _between(marked: str, before: str, after: str) -> list[Span]:
         spans.append((at, at + part.index(after)))
         at += len(part) - 1
     return spans
+
+
+def _ends_in(text: str, header: str) -> int:
+    """How many first characters of a header a text ends in."""
+    return next((size for size in range(len(header), 0, -1) if text.endswith(header[:size])), 0)
 
 
 def check_characters(text: str, source: str) -> None:

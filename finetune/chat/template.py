@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.meta
@@ -53,6 +53,9 @@ def _length(value: Any) -> int:
 def _inner(value: Any) -> list:
     """A value, or those of a dictionary (`translate`)."""
     return list(value.values()) if isinstance(value, dict) else [value]
+
+
+AnyNode = TypeVar("AnyNode", bound=nodes.Node)
 
 
 class TemplateFault(Exception):
@@ -212,10 +215,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         return tree
 
 
-def _filtered(node: nodes.Expr, name: str) -> nodes.Filter:
-    wrapped = nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-    wrapped.set_environment(node.environment)
-    return wrapped
+def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
+    return _in_environment(nodes.Filter(node, name, [], [], None, None, lineno=node.lineno), node)
+
+
+def _in_environment(made: AnyNode, like: nodes.Node) -> AnyNode:
+    """A node that was made belongs where the one it stands for did."""
+    if like.environment is not None:
+        made.set_environment(like.environment)
+    return made
 
 
 def _wrap_concatenations(node: nodes.Node) -> None:
@@ -231,9 +239,7 @@ def _wrapped_concatenation(node: nodes.Node) -> nodes.Node:
     _wrap_concatenations(node)
     if not isinstance(node, nodes.Concat):
         return node
-    parts = nodes.List(node.nodes, lineno=node.lineno)
-    parts.set_environment(node.environment)
-    return _filtered(parts, "_concatenated")
+    return _filtered(_in_environment(nodes.List(node.nodes, lineno=node.lineno), node), "_concatenated")
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:

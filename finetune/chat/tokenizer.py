@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tokenizers
@@ -289,7 +289,7 @@ class Tokenizer:
         """
         single = isinstance(text, str)
         before, after = self.around if add_special_tokens else ([], [])
-        encodings = self._encodings([text] if single else list(text), offsets=False)
+        encodings = self._encodings([text] if isinstance(text, str) else text, offsets=False)
         rows = [[*before, *encoding.ids, *after] for encoding in encodings]
         return self._encoded(rows, single, return_tensors, padding, padding_side)
 
@@ -367,14 +367,12 @@ class Tokenizer:
         Raises:
             DataError: the template refused the messages.
         """
-        several = bool(conversation) and isinstance(conversation[0], (list, tuple))
         if not conversation:
             raise DataError("the conversation has no messages", fix="Give at least one message.")
+        several = isinstance(conversation[0], (list, tuple))
+        conversations = cast(list[list[dict[str, Any]]], conversation if several else [conversation])
         try:
-            texts = [
-                self.render(messages, tools, add_generation_prompt, **kw)
-                for messages in (conversation if several else [conversation])
-            ]
+            texts = [self.render(messages, tools, add_generation_prompt, **kw) for messages in conversations]
         except TemplateFault as error:
             raise DataError(f"the chat template refused the messages: {error}") from error
         if not tokenize:

@@ -19,13 +19,14 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.files import cache_home, sync
 from finetune.rows.table import Part, Sequences
@@ -109,7 +110,7 @@ class Store:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir()
         self._file = open(self._partial / ROWS, "wb")
-        self._writer = None
+        self._writer: Any = None
 
     def add(self, part: Part) -> None:
         """Write a part."""
@@ -159,7 +160,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 @contextmanager
-def locked(root: Path, key: str, on_wait) -> Iterator[None]:
+def locked(root: Path, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
     """Hold the lock of an entry; where another process has it, call `on_wait` and wait.
 
     Raises:
@@ -242,7 +243,7 @@ def _crc32(path: Path) -> int:
 _SIDES: dict[int, Sequence[str]] = {1: ("",), 2: ("chosen_", "rejected_")}
 
 
-def _batch_of(part: Part):
+def _batch_of(part: Part) -> Any:
     """A record batch over the arrays of a part: file, number; of each side input_ids, supervised, num_supervised."""
     import pyarrow
 
@@ -258,12 +259,13 @@ def _batch_of(part: Part):
     return pyarrow.record_batch(columns)
 
 
-def _part_of(batch) -> Part:
+def _part_of(batch: Any) -> Part:
     """The arrays of a record batch that was read whole, without a copy."""
     pairs = "prompt_length" in batch.schema.names
 
-    def array(name: str) -> np.ndarray:
-        return batch.column(name).to_numpy()
+    def array(name: str) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = batch.column(name).to_numpy()
+        return values
 
     sides = []
     for prefix in _SIDES[2 if pairs else 1]:

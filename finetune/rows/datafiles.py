@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, cast
 
 from finetune.errors import DataError, nearest
 from finetune.files import hash_file
@@ -91,7 +91,9 @@ class DataFile:
         """
         if self.path is None:
             raise ValueError(f"{self.name} is on the hub")
-        return gzip.open(self.path, "rb") if self.path.name.lower().endswith(".gz") else self.path.open("rb")
+        if self.path.name.lower().endswith(".gz"):
+            return cast(IO[bytes], gzip.open(self.path, "rb"))
+        return self.path.open("rb")
 
     def sha256(self) -> str | None:
         """Hash of the file's bytes, hex; None for the hub, whose own cache keys the data.

@@ -272,8 +272,9 @@ class _Merger:
             tokens=int(dataset.lengths.sum()),
             supervised_tokens=int(dataset.num_supervised.sum()),
             files=[FileReport(file.name, rows, sha256) for file, rows, sha256 in read],
-            **self.counts,
         )
+        for name, count in self.counts.items():
+            setattr(report, name, count)
         report.notes = length_notes(report, self.settings.max_length)
         report.notes += named_notes(self.named, self.inputs.names)
         if not report.kept:
@@ -342,13 +343,15 @@ class _Large:
             }
         )
 
-    def _opened(self, parts: list[Part], content: dict[str, Any], where: Path):
+    def _opened(
+        self, parts: list[Part], content: dict[str, Any], where: Path
+    ) -> tuple[Dataset | PairDataset, DataReport]:
         dataset = dataset_of(Table(parts, self.inputs.names, self.inputs.sources_of_files), self.settings.kind)
         report = _Merger(self.inputs, self.settings).load(content).report(dataset, self.hashes)
         console.say(f"Opened {_counted(report.kept)} that were prepared before: {where}")
         return dataset, report
 
-    def _make_in_temporary_folder(self):
+    def _make_in_temporary_folder(self) -> tuple[Dataset | PairDataset, DataReport]:
         try:
             with cache.temporary_folder() as folder:
                 self._check_room(folder)

@@ -297,25 +297,31 @@ class _Run:
         # With a fault nothing will be trained; the rest is only checked.
         if self.task.check_only or self.result.faults.count or not rendered:
             return
-        encode, take = (encode_pairs, self._take_pair) if self.pair else (encode_rendered, self._take)
-        for (number, _), row in zip(rendered, encode(self.tokenizer, [item for _, item in rendered]), strict=True):
-            kept = take(row, number)
-            if kept is not None:
-                self.rows.append(kept)
-                self.numbers.append(number)
+        numbers, items = [number for number, _ in rendered], [item for _, item in rendered]
+        kept: list[Example | None] | list[PairExample | None]
+        if self.pair:
+            pairs = encode_pairs(self.tokenizer, items)
+            kept = [self._take_pair(pair, number) for pair, number in zip(pairs, numbers, strict=True)]
+        else:
+            examples = encode_rendered(self.tokenizer, items)
+            kept = [self._take(example, number) for example, number in zip(examples, numbers, strict=True)]
+        self.rows += [row for row in kept if row is not None]
+        self.numbers += [number for row, number in zip(kept, numbers) if row is not None]
 
     def _take(self, example: Example, number: int) -> Example | None:
         limit, length = self.settings.max_length, len(example.input_ids)
         self.result.longest = max(self.result.longest, length)
         if not _predicted(example):
-            return self._leave_out("left out for having no supervised token: {rows}.", number)
+            self._leave_out("left out for having no supervised token: {rows}.", number)
+            return None
         if length <= limit:
             return example
         if not self._may_cut(length, number):
             return None
         example = replace(example, input_ids=example.input_ids[:limit], labels=example.labels[:limit])
         if not _predicted(example):
-            return self._leave_out("left out because nothing of the responses lies within max_length: {rows}.", number)
+            self._leave_out("left out because nothing of the responses lies within max_length: {rows}.", number)
+            return None
         self.result.counts["truncated"] += 1
         return example
 
@@ -330,7 +336,8 @@ class _Run:
         for side in ("chosen", "rejected"):
             if not _predicted(getattr(pair, side)):
                 cut = "within max_length" if _predicted(getattr(whole, side)) else "trained on"
-                return self._leave_out(f"left out because nothing of the {side} answer is {cut}: {{rows}}.", number)
+                self._leave_out(f"left out because nothing of the {side} answer is {cut}: {{rows}}.", number)
+                return None
         if pair is not whole:
             counts = self.result.counts
             counts["truncated"] += 1
@@ -358,6 +365,7 @@ class _Run:
         return self.settings.overlong == "truncate"
 
     def _leave_out(self, heading: str, number: int) -> None:
+        """Count and name a row that is not kept."""
         self.result.counts["unsupervised"] += 1
         self._note(heading, number)
 
@@ -384,5 +392,5 @@ def _predicted(example: Example) -> bool:
     return bool((example.labels[1:] != IGNORE).any())
 
 
-def _said(message: dict) -> str:
+def _said(message: dict[str, Any]) -> str:
     return message.get("content") or str(message.get("tool_calls") or "")

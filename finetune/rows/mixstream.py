@@ -69,7 +69,8 @@ class MixedStream:
 
     def take(self, count: int) -> tuple[list[int], float]:
         """As `RowStream.take`."""
-        turns, taken = [], list(self.position.taken)
+        turns: list[int] = []
+        taken = list(self.position.taken)
         for _ in range(count):
             number = next_source(self.shares, taken)
             # Nothing is taken before all units are at hand: a fault may end the step.

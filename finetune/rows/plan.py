@@ -6,14 +6,17 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.rows.mix import Mix
 
+Integers = npt.NDArray[np.signedinteger[Any]]
 
-class Packs(Sequence):
+
+class Packs:
     """Row indices of each sequence that the model sees, in two flat arrays.
 
     Attributes:
@@ -21,7 +24,7 @@ class Packs(Sequence):
         starts: int64 [packs + 1], where each pack begins in `rows`, and n.
     """
 
-    def __init__(self, rows: np.ndarray, starts: np.ndarray):
+    def __init__(self, rows: Integers, starts: Integers):
         self.rows, self.starts = rows, starts
 
     @classmethod
@@ -37,22 +40,25 @@ class Packs(Sequence):
             raise IndexError(f"pack {index} of {len(self)}")
         return self.rows[self.starts[index] : self.starts[index + 1]].tolist()
 
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[index] for index in range(len(self)))
+
     def tolist(self) -> list[list[int]]:
         """All of them."""
         return list(self)
 
-    def permuted(self, order: np.ndarray) -> Packs:
+    def permuted(self, order: Integers) -> Packs:
         """The same packs in another order, int64 [packs]."""
         parts = [self.rows[self.starts[i] : self.starts[i + 1]] for i in order]
         sizes = np.diff(self.starts)[order]
         return Packs(np.concatenate([self.rows[:0], *parts]), np.concatenate([[0], np.cumsum(sizes)]))
 
-    def sums(self, lengths: np.ndarray) -> np.ndarray:
+    def sums(self, lengths: Integers) -> Integers:
         """The sum of each pack's lengths, int64 [packs]."""
         return np.add.reduceat(lengths[self.rows], self.starts[:-1]) if len(self) else np.zeros(0, np.int64)
 
 
-def pack(lengths: Sequence[int] | np.ndarray, max_length: int) -> Packs:
+def pack(lengths: Sequence[int] | Integers, max_length: int) -> Packs:
     """Group samples so that no group is longer than max_length, by best-fit-decreasing.
 
     The longest sample is placed first, each into the group with the least room that takes it, the one opened first of
@@ -93,11 +99,11 @@ class _Groups:
         self._room = room
         self.count = 0
         self._rooms: list[int] = []  # ascending
-        self._by_room: dict[int, np.ndarray] = {}
+        self._by_room: dict[int, Integers] = {}
 
-    def place(self, length: int, count: int) -> np.ndarray:
+    def place(self, length: int, count: int) -> Integers:
         """The groups of `count` samples of this length, int64 [count]. Lengths come in falling order."""
-        owners: list[np.ndarray] = []
+        owners: list[Integers] = []
         while count:
             at = bisect_left(self._rooms, length)
             room = self._rooms[at] if at < len(self._rooms) else self._room
@@ -119,7 +125,7 @@ class _Groups:
             self._give_back(room, groups[full:])
         return np.concatenate(owners)
 
-    def _give_back(self, room: int, groups: np.ndarray) -> None:
+    def _give_back(self, room: int, groups: Integers) -> None:
         if not len(groups) or not room:
             return
         if room in self._by_room:
@@ -132,7 +138,7 @@ class _Groups:
 # -- order -----------------------------------------------------------------------------------------------------
 
 
-def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+def epoch_order(n: int, seed: int, epoch: int, shuffle: bool) -> Integers:
     """The order of rows in an epoch, int64 [n]: by index, or shuffled by (seed, epoch) alone."""
     if not shuffle:
         return np.arange(n, dtype=np.int64)
@@ -155,7 +161,7 @@ class Step:
     number: int
     epoch: int
     epoch_end: float
-    batches: list[np.ndarray]
+    batches: list[Integers]
     failed: bool = False
 
 
@@ -241,12 +247,12 @@ class EpochPlan:
     def put_back(self) -> None:
         """Nothing is used up."""
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> Integers:
         if self.mix is not None:
             return self.mix.order(self.seed, epoch, self.shuffle)
         return epoch_order(self.n, self.seed, epoch, self.shuffle)
 
-    def _step(self, number: int, epoch: int, within: int, order: np.ndarray) -> Step:
+    def _step(self, number: int, epoch: int, within: int, order: Integers) -> Step:
         rows = order[within * self.rows_per_step : (within + 1) * self.rows_per_step]
         width = self.batch_size * self.world_size
         own = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)

@@ -21,7 +21,7 @@ SEEN = "dim"
 # Where there is no colour, brackets that text hardly ever has.
 OPEN, CLOSE = "⟦", "⟧"
 # Control characters of the data must not reach the terminal; their pictures do (U+2400 and on).
-_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 # These have no pictures, and some terminals obey them too (U+009B is ESC [).
 _PICTURES |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import DataError, Fault
@@ -32,7 +33,10 @@ def read_blocks(file: DataFile, size: int = BLOCK_BYTES) -> Iterator[Block]:
     Raises:
         DataError: the file cannot be read at all, or is empty.
     """
-    blocks = _read_hub(file, file.repo) if file.repo else _READERS[check_suffix(file.path)](file, size)
+    if file.repo is not None:
+        blocks = _read_hub(file, file.repo)
+    else:
+        blocks = _READERS[check_suffix(Path(file.name) if file.path is None else file.path)](file, size)
     empty = True
     try:
         for block in blocks:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, FinetuneError
@@ -83,8 +84,8 @@ class _Block:
 
     position: Position
     result: Result
-    rows: np.ndarray
-    starts: np.ndarray
+    rows: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
     start: float
     end: float
 
@@ -188,8 +189,8 @@ class _Maker:
         if self.settings.shuffle:
             seed = [self.settings.seed, position.epoch, position.block]
             packs = packs.permuted(np.random.Generator(np.random.PCG64(seed)).permutation(len(packs)))
-        start, end = (min(1.0, at / self.size) for at in (begin, end))
-        return _Block(position, result, packs.rows, packs.starts, start, end)
+        shares = [min(1.0, at / self.size) for at in (begin, end)]
+        return _Block(position, result, packs.rows, packs.starts, *shares)
 
 
 def _digest(block: Block, share: tuple[int, int]) -> bytes:
@@ -261,14 +262,14 @@ class RowStream:
         tokenizer, settings, sources, base = self._job
         position = Position() if state is None else Position(**state)
         self.position, self._skip = position, position.unit
-        self._worker = Worker(run)
-        self._worker.send((tokenizer.content(), settings, sources, base, position))
-        threading.Thread(target=self._receive, name="stream", daemon=True).start()
+        self._worker = worker = Worker(run)
+        worker.send((tokenizer.content(), settings, sources, base, position))
+        threading.Thread(target=self._receive, args=(worker,), name="stream", daemon=True).start()
 
-    def _receive(self) -> None:
+    def _receive(self, worker: Worker) -> None:
         while True:
             try:
-                item = self._worker.receive()
+                item = worker.receive()
             except Exception as error:  # raised where the rows are asked for
                 item = error
             while not self._closed.is_set():
@@ -355,6 +356,8 @@ class RowStream:
 
     def __getitem__(self, row: int) -> Any:
         rows = self._blocks[row >> _ROW_BITS][1]
+        if rows is None:
+            raise IndexError(f"row {row} of a block that has none")
         return rows[row & ((1 << _ROW_BITS) - 1)]
 
 

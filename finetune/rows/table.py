@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.chat.example import IGNORE, Example, PairExample
 from finetune.errors import DataError
 from finetune.methods import PREFERENCE, RowKind
 
+Integers = npt.NDArray[np.signedinteger[Any]]
+Row = TypeVar("Row", Example, PairExample)
 AnyDataset = TypeVar("AnyDataset", "Dataset", "PairDataset")
 
 
@@ -26,10 +29,10 @@ class Sequences:
         num_supervised: int32 [n], supervised tokens that have a token before them, which is what a loss sums.
     """
 
-    ids: np.ndarray
-    supervised: np.ndarray
-    offsets: np.ndarray
-    num_supervised: np.ndarray
+    ids: Integers
+    supervised: npt.NDArray[np.uint8]
+    offsets: Integers
+    num_supervised: Integers
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Sequences:
@@ -64,20 +67,22 @@ class Part:
     """
 
     file: int
-    numbers: np.ndarray
+    numbers: Integers
     sides: tuple[Sequences, ...]
-    prompts: np.ndarray
-    headers: np.ndarray
+    prompts: Integers
+    headers: Integers
 
     @classmethod
     def of(cls, file: int, numbers: Sequence[int], rows: Sequence[Example] | Sequence[PairExample]) -> Part:
         """Join rows, at least one."""
-        numbers = np.array(numbers, np.int64)
-        if isinstance(rows[0], Example):
-            return cls(file, numbers, (Sequences.of(rows),), np.zeros(0, np.int32), np.zeros(0, np.int32))
-        sides = tuple(Sequences.of([getattr(pair, side) for pair in rows]) for side in ("chosen", "rejected"))
-        prompts = np.array([len(pair.prompt_ids) for pair in rows], np.int32)
-        return cls(file, numbers, sides, prompts, np.array([pair.header_length for pair in rows], np.int32))
+        places = np.array(numbers, np.int64)
+        examples = [row for row in rows if isinstance(row, Example)]
+        if examples:
+            return cls(file, places, (Sequences.of(examples),), np.zeros(0, np.int32), np.zeros(0, np.int32))
+        pairs = [row for row in rows if isinstance(row, PairExample)]
+        sides = Sequences.of([pair.chosen for pair in pairs]), Sequences.of([pair.rejected for pair in pairs])
+        prompts = np.array([len(pair.prompt_ids) for pair in pairs], np.int32)
+        return cls(file, places, sides, prompts, np.array([pair.header_length for pair in pairs], np.int32))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -104,47 +109,50 @@ class Table:
         part, index = self.parts[at], place - int(self._starts[at])
         return part, index, f"{self.files[part.file]}:{part.numbers[index]}"
 
-    def column(self, of_part) -> np.ndarray:
+    def column(self, of_part: Callable[[Part], Integers]) -> Integers:
         """An array of every part, joined, int64."""
         return np.concatenate([np.zeros(0, np.int64), *map(of_part, self.parts)]).astype(np.int64, copy=False)
 
-    def sources(self) -> np.ndarray:
+    def sources(self) -> Integers:
         """int64 [n], the number of the source of each row."""
         return self.column(lambda part: np.full(len(part), self._sources[part.file], np.int64))
 
-    def lengths(self, side: int) -> np.ndarray:
+    def lengths(self, side: int) -> Integers:
         """int64 [n], tokens of each row."""
         return self.column(lambda part: np.diff(part.sides[side].offsets))
 
-    def num_supervised(self, side: int) -> np.ndarray:
+    def num_supervised(self, side: int) -> Integers:
         """int64 [n], see `Sequences`."""
         return self.column(lambda part: part.sides[side].num_supervised)
 
 
-class _Selectable:
+class _Selectable(Generic[Row]):
     """Rows in an order; selecting changes the order and shares the arrays."""
 
     _table: Table
-    _order: np.ndarray
+    _order: Integers
 
     @property
-    def sources(self) -> np.ndarray:
+    def sources(self) -> Integers:
         """int64 [n], the number of the source of each row."""
         return self._table.sources()[self._order]
 
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Row:
         if not -len(self) <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         return self._row(int(self._order[index]))
 
+    def _row(self, place: int) -> Row:
+        raise NotImplementedError
 
-class Dataset(_Selectable):
+
+class Dataset(_Selectable[Example]):
     """Tokenized conversations; indexing gives an `Example`.
 
     Attributes:
@@ -152,13 +160,13 @@ class Dataset(_Selectable):
         num_supervised: int64 [n], supervised tokens of each that have a token before them, which is what a loss sums.
     """
 
-    def __init__(self, table: Table, order: np.ndarray | None = None):
+    def __init__(self, table: Table, order: Integers | None = None):
         self._table = table
         self._order = np.arange(len(table)) if order is None else order
         self.lengths = table.lengths(0)[self._order]
         self.num_supervised = table.num_supervised(0)[self._order]
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> Dataset:
+    def select(self, indices: Sequence[int] | Integers) -> Dataset:
         """A dataset of these rows, in this order."""
         return Dataset(self._table, self._order[np.asarray(indices, dtype=np.int64)])
 
@@ -167,7 +175,7 @@ class Dataset(_Selectable):
         return part.sides[0].example(index, source)
 
 
-class PairDataset(_Selectable):
+class PairDataset(_Selectable[PairExample]):
     """Tokenized preferences; indexing gives a `PairExample`.
 
     Attributes:
@@ -176,7 +184,7 @@ class PairDataset(_Selectable):
         prompt_lengths, chosen_lengths, rejected_lengths: int64 [n]; a side's length includes the prompt.
     """
 
-    def __init__(self, table: Table, order: np.ndarray | None = None):
+    def __init__(self, table: Table, order: Integers | None = None):
         self._table = table
         self._order = np.arange(len(table)) if order is None else order
         self.prompt_lengths = table.column(lambda part: part.prompts)[self._order]
@@ -184,7 +192,7 @@ class PairDataset(_Selectable):
         self.lengths = self.chosen_lengths + self.rejected_lengths - self.prompt_lengths
         self.num_supervised = (table.num_supervised(0) + table.num_supervised(1))[self._order]
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> PairDataset:
+    def select(self, indices: Sequence[int] | Integers) -> PairDataset:
         """A dataset of these pairs, in this order."""
         return PairDataset(self._table, self._order[np.asarray(indices, dtype=np.int64)])
 

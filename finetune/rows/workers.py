@@ -14,8 +14,11 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 from finetune import errors
 from finetune.chat.tokenizer import Tokenizer
@@ -55,7 +58,7 @@ class Worker:
                 start_new_session=True,
             )
 
-    def receive(self):
+    def receive(self) -> Any:
         """What the process sends next.
 
         Raises:
@@ -72,7 +75,7 @@ class Worker:
             raise RuntimeError(f"in a process that tokenizes:\n{value}")
         return value
 
-    def send(self, value) -> None:
+    def send(self, value: object) -> None:
         """Send it something; it must be waiting for it, or both sides may wait for ever.
 
         Raises:
@@ -130,7 +133,7 @@ def serve(fd: int) -> None:
         encoder = Encoder(Tokenizer.of_content(content), settings)
         while True:
             task = connection.recv()
-            if not answer(connection, lambda task=task: encoder.encode(task)):
+            if not answer(connection, partial(encoder.encode, task)):
                 return
     except (EOFError, OSError):
         return
@@ -164,30 +167,45 @@ def encode_all(
             worker.close()
 
 
+@dataclass
+class _Entry:
+    """A task that was sent out, and its result once it is there; or an error in its place."""
+
+    task: Task | DataError
+    result: Result | None = None
+
+    @property
+    def done(self) -> tuple[Task, Result] | DataError | None:
+        if isinstance(self.task, DataError):
+            return self.task
+        return None if self.result is None else (self.task, self.result)
+
+
 def _in_order(
     tasks: Iterator[Task | DataError], workers: list[Worker], prepare: Callable[[Task], Task]
 ) -> Iterator[tuple[Task, Result] | DataError]:
-    idle, busy = list(workers), {}
-    # Each entry is [task, result or None], or an error in its place.
-    order: deque[list | DataError] = deque()
+    idle = list(workers)
+    busy: dict[Connection, tuple[Worker, _Entry]] = {}
+    order: deque[_Entry] = deque()
     upcoming = next(tasks, None)
     while upcoming is not None or order:
         while upcoming is not None and len(order) < _AHEAD * len(workers):
             if isinstance(upcoming, DataError):
-                order.append(upcoming)
+                order.append(_Entry(upcoming))
             elif idle:
                 # One task at a time: a worker that sends a result reads nothing, and both sides would wait for ever.
-                worker, entry = idle.pop(), [prepare(upcoming), None]
-                worker.send(entry[0])
-                busy[worker.connection] = worker, entry
-                order.append(entry)
+                worker, task = idle.pop(), prepare(upcoming)
+                worker.send(task)
+                order.append(_Entry(task))
+                busy[worker.connection] = worker, order[-1]
             else:
                 break
             upcoming = next(tasks, None)
-        while order and (isinstance(order[0], DataError) or order[0][1] is not None):
-            entry = order.popleft()
-            yield entry if isinstance(entry, DataError) else (entry[0], entry[1])
-        for connection in wait(list(busy)) if order else ():
+        while order and (done := order[0].done) is not None:
+            order.popleft()
+            yield done
+        ready = wait(list(busy)) if order else ()
+        for connection in [connection for connection in busy if connection in ready]:
             worker, entry = busy.pop(connection)
-            entry[1] = worker.receive()
+            entry.result = worker.receive()
             idle.append(worker)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from docs import reference
+from finetune.export.formats import FORMATS, NUMBERS
 from finetune.recipe.load import load_recipe
 from finetune.rows.formats import FORMS
 from tests import test_layering
@@ -58,3 +59,12 @@ def test_the_example_of_the_recipe_reference_is_valid(tmp_path):
     (tmp_path / "example.yaml").write_text(example, encoding="utf-8")
     recipe = load_recipe(tmp_path / "example.yaml")
     assert recipe.lora is not None and recipe.method == "sft"
+
+
+@pytest.mark.parametrize("page", ["using.md", "using.zh.md"])
+def test_the_pages_have_every_layout_and_number_of_exports(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]* \| ([^|]*) \| [^|]* \|$", text, re.MULTILINE))
+    assert set(FORMATS) <= set(rows)
+    for name, dtypes in FORMATS.items():
+        assert set(re.findall(r"`(q\d_\d)`", rows[name])) == set(dtypes) - set(NUMBERS)

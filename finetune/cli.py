@@ -484,8 +484,8 @@ def _describe(error: Exception) -> str:
         return f"{text}{'' if text.endswith(('.', '?')) else '.'} See `{command} --help`."
     if isinstance(error, FinetuneError):
         lines = str(error).splitlines()
-        many = len(error.faults) > 1
-        return "\n  ".join([f"{len(error.faults)} things are wrong", *lines]) if many else str(error)
+        head = [f"{len(error.faults)} things are wrong"] if len(error.faults) > 1 else []
+        return "\n  ".join([*head, *lines])
     if isinstance(error, ModuleNotFoundError) and error.name in ("paddle", "paddlenlp"):
         from finetune.doctor import how_to_install
 

@@ -47,13 +47,18 @@ class UserError(FinetuneError):
     """The user's input is wrong. The exit code of the command is 2."""
 
     exit_code = 2
+    advice: str | None = None
 
     @classmethod
-    def of(cls, faults: list[Fault]) -> UserError:
-        """Make one error of several faults, one line each."""
+    def of(cls, faults: list[Fault], advice: str | None = None) -> UserError:
+        """Make one error of several faults, one line each.
+
+        Args:
+            advice: A last line on all of them together, which counts as no fault.
+        """
         error = cls(faults[0].what, where=faults[0].where, fix=faults[0].fix)
-        error.faults = list(faults)
-        error.args = ("\n".join(str(fault) for fault in faults),)
+        error.faults, error.advice = list(faults), advice
+        error.args = ("\n".join([*map(str, faults), *([advice] if advice else [])]),)
         return error
 
 

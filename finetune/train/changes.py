@@ -170,18 +170,15 @@ def _refusal(checkpoint: Checkpoint, then: dict[str, Any], now: dict[str, Any], 
         else:
             what = f"is {now.get(key)!r}, but the checkpoint was written with {then.get(key)!r}"
         faults.append(Fault(what, key))
-    fix = "Undo them"
+    fix = "Undo it" if len(keys) == 1 else "Undo them"
     if all(any(_covers(name, key) for name in changeable().values()) for key in keys):
-        fix += f", go on with them by training.allow_changes=[{', '.join(keys)}]"
-    faults.append(
-        Fault(
-            f"{checkpoint.folder} cannot be resumed with these changes",
-            fix=f"{fix}, choose another training.output_dir, or start over with "
-            "training.resume_from_checkpoint=never. To train the weights further as a new run, set model.path to the "
-            "checkpoint and training.output_dir to another folder.",
-        )
+        fix += f", go on with {'it' if len(keys) == 1 else 'them'} by training.allow_changes=[{', '.join(keys)}]"
+    advice = (
+        f"{checkpoint.folder} cannot be resumed with {'this change' if len(faults) == 1 else 'these changes'}. {fix}, "
+        "choose another training.output_dir, or start over with training.resume_from_checkpoint=never. To train the "
+        "weights further as a new run, set model.path to the checkpoint and training.output_dir to another folder."
     )
-    return RecipeError.of(faults)
+    return RecipeError.of(faults, advice)
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

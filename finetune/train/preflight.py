@@ -70,7 +70,7 @@ def settle(recipe: Recipe, world_size: int = 1, nproc: int = 1) -> Settled:
     if tokenizer is not None and reference is not None:
         found.of(lambda: _check_vocabulary(tokenizer, reference))
     if found.faults or source is None or tokenizer is None:
-        raise found.kind.of(found.faults)
+        raise found.error()
     return Settled(recipe, source, tokenizer, reference, world_size)
 
 
@@ -85,6 +85,7 @@ class _Found:
     def __init__(self) -> None:
         self.faults: list[Fault] = []
         self.kind: type[UserError] = UserError
+        self._advice: list[str] = []
 
     def of(self, check: Callable[[], T]) -> T | None:
         """What a check returns; None where it finds something wrong, which is kept."""
@@ -93,7 +94,12 @@ class _Found:
         except UserError as error:
             self.kind = self.kind if self.faults else type(error)
             self.faults += error.faults
+            self._advice += [error.advice] if error.advice else []
         return None
+
+    def error(self) -> UserError:
+        """All of it as one error."""
+        return self.kind.of(self.faults, "\n".join(self._advice) or None)
 
 
 # -- the machine -----------------------------------------------------------------------------------------------
@@ -220,6 +226,8 @@ def _check_continued(wanted: LoraSection, found: LoraSettings, linears: set[str]
             Fault(f"are {', '.join(sorted(ours))}, the adapter has {', '.join(sorted(theirs))}", "lora.target_modules")
         )
     if faults:
-        fix = "Leave these keys out, or export it merged with `finetune export` and train a new one on the result."
-        faults.append(Fault("model.path is an adapter, which can only be trained further as it is", fix=fix))
-        raise RecipeError.of(faults)
+        raise RecipeError.of(
+            faults,
+            "model.path is an adapter, which can only be trained further as it is. Leave these keys out, or export it "
+            "merged with `finetune export` and train a new one on the result.",
+        )

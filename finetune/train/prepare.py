@@ -99,7 +99,10 @@ def prepare(settled: Settled, rank: int = 0) -> Prepared:
         return _prepare_stream(settled, rank)
     train, report = _build(recipe, tokenizer, data.train, "read training rows")
     held_out = _evaluation_rows(recipe, tokenizer)
-    if data.eval_fraction:
+    needed = training.load_best_model_at_end or training.early_stopping_patience
+    if data.eval_fraction and len(train) == 1 and not needed:
+        report.notes.append("1 row is trained on and not evaluated: data.eval_fraction takes effect from 2 rows on.")
+    elif data.eval_fraction:
         train, rows = split_dataset(train, data.eval_fraction, training.seed)
         held_out = RowSet(rows, _share(report, rows, notes=[]), _packs(rows, recipe))
         report = _share(report, train, notes=report.notes)
@@ -276,11 +279,11 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
 
 
 def _epoch_tokens(prepared: Prepared, plan: EpochPlan) -> str:
-    rows = prepared.train.rows
+    rows, packs = prepared.train.rows, prepared.train.packs
     if plan.mix is None:
         order: Any = slice(None)
-    elif prepared.recipe.data.packing:
-        order = prepared.train.packs.rows
+    elif prepared.recipe.data.packing and isinstance(packs, Packs):
+        order = packs.rows
     else:
         order = plan.mix.order(plan.seed, 0, plan.shuffle)
     tokens, supervised = int(rows.lengths[order].sum()), int(rows.num_supervised[order].sum())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune import console
-from finetune.errors import Fault, FinetuneError, Interrupted, StorageError, TrainingError, UserError
+from finetune.errors import FinetuneError, Interrupted, StorageError, TrainingError, UserError
 from finetune.files import replace_file, write_fault
 from finetune.recipe.load import dump_recipe
 from finetune.report.manifest import build_manifest, write_manifest
@@ -185,11 +185,9 @@ def _stopped_by(fault: FinetuneError, step: int, total: int, again: str) -> Fine
     """What ended a stream of rows, with where the run stands."""
     if not step or not isinstance(fault, UserError):
         return fault
-    end = Fault(
-        f"stopped at step {step} of {total}; a checkpoint is saved",
-        fix=f"Correct this, then {again} to go on.",
+    return type(fault).of(
+        fault.faults, f"stopped at step {step} of {total}; a checkpoint is saved. Correct this, then {again} to go on."
     )
-    return type(fault).of([*fault.faults, end])
 
 
 def _open_folder(output: Path, recipe: Recipe, *, fresh: bool) -> None:

@@ -74,7 +74,7 @@ def test_another_rate_only_when_it_is_named(tmp_path, tiny_folder, capfd):
     assert finetune("train", recipe, CONSTANT) == 0
     rate = (CONSTANT, "training.learning_rate=5e-4", "training.max_steps=6")
     assert finetune("train", recipe, *rate) == 2
-    assert "go on with them by training.allow_changes=[training.learning_rate]" in capfd.readouterr().err
+    assert "go on with it by training.allow_changes=[training.learning_rate]" in capfd.readouterr().err
     assert finetune("train", recipe, *rate, "training.allow_changes=[learning_rate]") == 0
     assert "Changed after step 4, as training.allow_changes says: training.learning_rate 0.0010 -> 5.00e-04" in (
         " ".join(capfd.readouterr().err.split())

@@ -302,3 +302,14 @@ def test_the_lock_names_nobody_once_the_run_has_ended(tmp_path, tiny_folder):
     assert finetune("train", write_recipe(tmp_path, tiny_folder, max_steps=1)) == 0
     assert (tmp_path / "run" / ".lock").read_bytes() == b""
     assert "training.output_dir=NEW_FOLDER" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_one_row_is_trained_on_although_a_share_was_to_be_evaluated_on(tmp_path, tiny_folder, capfd):
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=1)
+    write_rows(tmp_path / "train.jsonl", 1)
+    assert finetune("train", recipe, "data.eval_fraction=0.1") == 0
+    notes = json.loads((tmp_path / "run" / "manifest.json").read_text())["data"]["train"]["notes"]
+    assert notes == ["1 row is trained on and not evaluated: data.eval_fraction takes effect from 2 rows on."]
+    best = ("training.load_best_model_at_end=true", "training.resume_from_checkpoint=never")
+    assert finetune("train", recipe, "data.eval_fraction=0.1", *best) == 2
+    assert "1 row cannot be split" in capfd.readouterr().err

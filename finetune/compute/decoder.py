@@ -4,18 +4,18 @@ PaddleNLP's own pass grows the cache by concatenation at every token, repeats th
 masks. This one keeps keys and values in place and computes the same numbers (tests/infer/test_engine.py). Plain
 projections are read off their weights, others (LoRA) are called as modules. What a token costs beside its matrix
 products is mostly the number of operations and, on CPU, broadcasts over anything but the last axes: there are few of
-either (docs/log.md). After `finetune.compute.packed.pack`, steps are that module's.
+either (docs/log.md). After `finetune.compute.packed.pack`, steps and pieces are that module's.
 
-Each row's keys and values start at slot 0 of its own stretch of the cache, whatever its length: prompts are padded on
-the right while they are read, padding is overwritten or masked, and nothing depends on the other rows. A row may
-therefore join or leave between any two tokens.
+Prompts are read a piece at a time, so that other rows' tokens can be made between two pieces. They are padded on the
+right meanwhile (but for a packed model); padding is overwritten or masked, and nothing depends on the other rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ import paddle
 import paddle.nn.functional as F
 from paddlenlp.peft.lora.lora_layers import LoRALinear
 
+from finetune.compute.cache import KVCache, capacity_for
 from finetune.compute.frozen import frozen_linear
 from finetune.compute.layers import lora_linear
 from finetune.compute.memory import array_of
@@ -34,8 +35,6 @@ from finetune.compute.packed import PackedLinear, Steps
 from finetune.model.build import body_of, causal_lm, config_of
 from finetune.model.frozen import frozen_of
 
-# The cache grows by this many positions: one copy of the cache per 128 tokens, and no memory for tokens never made.
-_BLOCK = 128
 # Prompts are read in pieces of at most this many tokens, and fewer or fewer rows at a time where the attention scores
 # would be more numbers than this: 512 MB in float32.
 _PIECE = 512
@@ -44,72 +43,6 @@ _SCORES = 2**27
 _NARROW = 64
 # Rotary tables begin with this many positions and double when a longer row comes.
 _FIRST_POSITIONS = 2048
-
-
-class KVCache:
-    """Keys and values of B rows.
-
-    Attributes:
-        keys, values: Per layer, [B * kv_heads * capacity, head_dim]: row-major, so that one scatter writes any
-            positions and one reshape (no copy) gives [B, kv_heads, capacity, head_dim].
-        lengths: How many positions of each row are filled, int64 [B].
-    """
-
-    def __init__(self, layers: int, rows: int, kv_heads: int, head_dim: int, capacity: int, dtype):
-        self.kv_heads, self.head_dim, self.dtype = kv_heads, head_dim, dtype
-        self.capacity = capacity_for(capacity)
-        self.lengths = np.zeros(rows, dtype=np.int64)
-        shape = [rows * kv_heads * self.capacity, head_dim]
-        # Zeros, not uninitialised memory: a masked position has weight 0, and 0 times NaN is NaN.
-        self.keys = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
-        self.values = [paddle.zeros(shape, dtype=dtype) for _ in range(layers)]
-
-    def view(self, stored: paddle.Tensor) -> paddle.Tensor:
-        """[B * kv_heads * capacity, head_dim] as [B, kv_heads, capacity, head_dim]."""
-        return stored.reshape([len(self.lengths), self.kv_heads, self.capacity, self.head_dim])
-
-    def part(self, stored: paddle.Tensor, first: int, rows: int, length: int) -> paddle.Tensor:
-        """The first `length` positions of some rows as [rows, kv_heads, length, head_dim]."""
-        whole = self.view(stored)
-        return whole if whole.shape[::2] == [rows, length] else whole[first : first + rows, :, :length]
-
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions in every row."""
-        if length <= self.capacity:
-            return
-        capacity = capacity_for(length)
-        room = paddle.zeros(
-            [len(self.lengths), self.kv_heads, capacity - self.capacity, self.head_dim], dtype=self.dtype
-        )
-        self._replace(lambda stored: paddle.concat([self.view(stored), room], axis=2))
-        self.capacity = capacity
-
-    def select(self, rows: list[int]) -> None:
-        """Keep these rows, in this order; a row may be named more than once. What only longer rows needed is freed."""
-        index, lengths = paddle.to_tensor(rows, dtype="int64"), self.lengths[rows]
-        capacity = min(self.capacity, capacity_for(int(lengths.max()) + 1))
-
-        def kept(stored: paddle.Tensor) -> paddle.Tensor:
-            rows = paddle.index_select(self.view(stored), index, axis=0)
-            return rows if capacity == self.capacity else rows[:, :, :capacity].contiguous()
-
-        self._replace(kept)
-        self.lengths, self.capacity = lengths, capacity
-
-    def extend(self, other: KVCache) -> None:
-        """Append the rows of `other`, which is used up."""
-        self.reserve(other.capacity)
-        other.reserve(self.capacity)
-        for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
-            for layer in range(len(mine)):
-                mine[layer] = paddle.concat([mine[layer], theirs[layer]], axis=0)
-                theirs[layer] = None
-        self.lengths = np.concatenate([self.lengths, other.lengths])
-
-    def _replace(self, change) -> None:
-        for stored in (self.keys, self.values):
-            for layer in range(len(stored)):
-                stored[layer] = change(stored[layer]).reshape([-1, self.head_dim])
 
 
 class Decoder:
@@ -143,32 +76,24 @@ class Decoder:
         cos, sin = angles.cos(), angles.sin()
         return paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
 
+    def reading(self, prompts: list[np.ndarray], known: list[list[paddle.Tensor]] | None = None) -> Reading:
+        """Begin to read prompts, each int64 [L_i]; nothing is computed before `Reading.advance`.
+
+        Args:
+            known: Of each prompt, what `KVCache.take` gave of its beginning, in parts; less than the whole prompt.
+        """
+        return Reading(self, prompts, known or [[] for _ in prompts])
+
     def read(self, prompts: list[np.ndarray]) -> tuple[KVCache, paddle.Tensor]:
         """Read prompts, each int64 [L_i], in one pass over the weights per 512 tokens of rows of like length.
 
         Returns:
             A cache of len(prompts) rows; the logits after each prompt's last token, float32 [B, V].
         """
-        with paddle.no_grad():
-            # Longest first, so that the rows which still have something to read are always the first ones.
-            order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-            lengths = np.array([len(prompts[i]) for i in order], dtype=np.int64)
-            longest = int(lengths[0])
-            ids = np.zeros([len(prompts), longest], dtype=np.int64)
-            for row, i in enumerate(order):
-                ids[row, : lengths[row]] = prompts[i]
-            layers = len(self.body.layers)
-            cache = KVCache(layers, len(prompts), self.kv_heads, self.head_dim, longest + 1, self.dtype)
-            last: list[paddle.Tensor | None] = [None] * len(prompts)
-            for first, end, start, stop in _pieces(lengths, self.heads):
-                hidden = self._forward(ids[first:end, start:stop], np.full(end - first, start), cache, first)
-                for row in range(first, end):
-                    if start < lengths[row] <= stop:
-                        last[order[row]] = hidden[row - first, int(lengths[row]) - 1 - start]
-            cache.lengths = lengths
-            if order != sorted(order):
-                cache.select(np.argsort(order).tolist())
-            return cache, self._logits(paddle.stack(last))
+        reading = self.reading(prompts)
+        while reading.left:
+            reading.advance()
+        return reading.finish()
 
     def step(self, tokens: list[int], cache: KVCache) -> paddle.Tensor:
         """Add one token to every row of the cache; returns the logits after it, float32 [B, V]."""
@@ -182,6 +107,33 @@ class Decoder:
                 logits = self._steps(ids, cache, (cos, sin))
             cache.lengths = cache.lengths + 1
             return logits
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache."""
+        return KVCache(len(self.body.layers), rows, self.kv_heads, self.head_dim, capacity, self.dtype)
+
+    def piece(self, ids: np.ndarray, cache: KVCache, first: int, starts: np.ndarray, stops: np.ndarray) -> Any:
+        """Run the layers on a piece of some rows, ids[first + b, starts[b] : stops[b]] for row b.
+
+        Returns:
+            Hidden states by row and position, `hidden[b][t]` of position starts[b] + t.
+        """
+        rows = range(first, first + len(starts))
+        if self._steps is not None:
+            self._make_room(cache, int(stops.max()))
+            parts = list(zip(rows, starts.tolist(), stops.tolist()))
+            return self._steps.read(ids, parts, cache, array_of(self._cos)[:, 0], array_of(self._sin)[:, 0])
+        width = int((stops - starts).max())
+        padded = np.zeros([len(starts), width], dtype=np.int64)
+        for b, row in enumerate(rows):
+            padded[b, : stops[b] - starts[b]] = ids[row, starts[b] : stops[b]]
+        return self._forward(padded, starts, cache, first)
+
+    def logits(self, hidden: list[Any]) -> paddle.Tensor:
+        """Logits, float32 [N, V], of hidden states that `piece` gave, each [H]."""
+        if self._steps is not None:
+            return self._steps.logits(np.stack(hidden))
+        return self._logits(paddle.stack(hidden))
 
     def _make_room(self, cache: KVCache, length: int) -> None:
         """Room for `length` positions in the cache and in the rotary tables."""
@@ -275,6 +227,79 @@ class Decoder:
         return F.softmax(scores.astype("float32") * self.shrink + mask, axis=-1).astype(scores.dtype)
 
 
+class Reading:
+    """Prompts on their way into a cache of their own.
+
+    Attributes:
+        left: Tokens that are not read yet.
+    """
+
+    def __init__(self, decoder: Decoder, prompts: list[np.ndarray], known: list[list[paddle.Tensor]]):
+        self._decoder = decoder
+        lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        read = np.array([sum(part.shape[2] for part in parts) for parts in known], dtype=np.int64)
+        # Those with most to read first, so that rows of like length stand together.
+        self._order = np.argsort(read - lengths, kind="stable")
+        self._lengths, self._read = lengths[self._order], read[self._order]
+        self._ids = np.zeros([len(prompts), int(lengths.max())], dtype=np.int64)
+        self._cache = decoder.new_cache(len(prompts), int(lengths.max()) + 1)
+        self._last: list[Any] = [None] * len(prompts)
+        for row, i in enumerate(self._order):
+            self._ids[row, : lengths[i]] = prompts[i]
+            start = 0
+            for part in known[i]:
+                self._cache.put(row, start, part)
+                start += part.shape[2]
+
+    @property
+    def left(self) -> int:
+        return int((self._lengths - self._read).sum())
+
+    def advance(self, tokens: int | None = None) -> int:
+        """One pass over the weights: the next tokens of a prompt, and of those of like length behind it.
+
+        Args:
+            tokens: No more of them than this.
+
+        Returns:
+            How many tokens were read.
+        """
+        first, end, width = self._next(tokens)
+        before = self._read[first:end].copy()
+        after = np.minimum(before + width, self._lengths[first:end])
+        with paddle.no_grad():
+            hidden = self._decoder.piece(self._ids, self._cache, first, before, after)
+        self._read[first:end] = after
+        for row in np.flatnonzero(after == self._lengths[first:end]).tolist():
+            self._last[first + row] = hidden[row][int(after[row] - before[row]) - 1]
+        return int((after - before).sum())
+
+    def _next(self, tokens: int | None) -> tuple[int, int, int]:
+        """The rows [first, end) of the next pass, and how many positions they go on by.
+
+        They have like much left, and no more attention scores than `_SCORES` allows.
+        """
+        left = self._lengths - self._read
+        first = int(np.flatnonzero(left)[0])
+        heads, seen = self._decoder.heads, capacity_for(int(self._lengths[first:].max()))
+        width = min(_PIECE, tokens or _PIECE, int(left[first]), max(1, _SCORES // (heads * seen)))
+        most = max(1, min(_SCORES // (heads * width * seen), (tokens or 2**62) // width))
+        least = 0 if width <= _NARROW else width // 2
+        end = first + 1
+        while end < min(len(left), first + most) and left[end] > least:
+            end += 1
+        return first, end, width
+
+    def finish(self) -> tuple[KVCache, paddle.Tensor]:
+        """The cache, its rows in the order of the prompts, and the logits after each prompt's last token, [B, V]."""
+        back = np.argsort(self._order)
+        self._cache.lengths = self._lengths
+        if self._order.tolist() != sorted(self._order.tolist()):
+            self._cache.select(back.tolist())
+        with paddle.no_grad():
+            return self._cache, self._decoder.logits([self._last[row] for row in back])
+
+
 class _Layer:
     """The functions of one decoder layer, found once instead of at every token."""
 
@@ -312,31 +337,3 @@ def _rms_norm(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
         return (wide if wide.dtype == weight.dtype else wide.astype(weight.dtype)) * weight
 
     return norm
-
-
-def capacity_for(length: int) -> int:
-    """Positions that a cache holds per row when its longest row needs `length`."""
-    return -(-length // _BLOCK) * _BLOCK
-
-
-def _pieces(lengths: np.ndarray, heads: int) -> Iterator[tuple[int, int, int, int]]:
-    """How prompts are read: (first row, row after the last, first position, position after the last).
-
-    Every pass takes rows of like length, no more of them than `_SCORES` allows, and none that has ended.
-
-    Args:
-        lengths: Of the prompts, int64 [B], longest first.
-        heads: Query heads, each with a score for every pair of positions.
-    """
-    longest = int(lengths[0])
-    piece = min(_PIECE, max(1, _SCORES // (heads * capacity_for(longest))))
-    for start in range(0, longest, piece):
-        left = lengths[lengths > start] - start
-        first = 0
-        while first < len(left):
-            width = min(piece, int(left[first]))
-            most = max(1, _SCORES // (heads * width * capacity_for(start + width)))
-            like = len(left) if width <= _NARROW else int((left > width // 2).sum())
-            end = min(first + most, like)
-            yield first, end, start, start + width
-            first = end

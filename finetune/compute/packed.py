@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from finetune.compute import cpu
+from finetune.compute.cache import KVCache
 from finetune.compute.memory import array_of
 from finetune.model.runtime import paddle as _bring_up
 
@@ -26,6 +28,9 @@ from finetune.model.build import body_of, config_of
 from finetune.model.family import ATTENTION, MLP
 from finetune.model.frozen import is_frozen
 
+# Queries of a row that are taken together while it is read. Of the keys they do not see, only those among them are
+# computed.
+_QUERIES = 128
 # Values of MKL's enumerations (mkl_cblas.h).
 _ROW_MAJOR, _AS_IS, _TURNED, _PACKED, _B_MATRIX = 101, 111, 112, 151, 162
 _ALIGNMENT = 64  # bytes
@@ -134,7 +139,7 @@ class PackedLinear(paddle.nn.Layer):
 
 
 class Steps:
-    """One token per row through a packed model.
+    """Passes through a packed model: one token per row, or pieces of prompts.
 
     Args:
         model: Qwen2ForCausalLM after `pack`.
@@ -196,8 +201,85 @@ class Steps:
                 gate /= share
                 gate *= up
                 hidden += down_proj.multiply(gate, out)
-        logits = paddle.empty([rows, self._head.outputs], dtype="float32")
-        self._head.multiply(self._normalize(hidden, self._last_norm, x), array_of(logits))
+        return self.logits(hidden)
+
+    def read(
+        self, ids: np.ndarray, parts: list[tuple[int, int, int]], cache: KVCache, cos: np.ndarray, sin: np.ndarray
+    ) -> list[np.ndarray]:
+        """Read pieces of rows behind what the cache holds of them, without padding: they lie end to end.
+
+        Products are MKL's, the rest training's own kernels (finetune/compute/cpu.py).
+
+        Args:
+            ids: int64 [B, L].
+            parts: (row, start, stop), of ids and of the cache, which has room for them.
+            cos, sin: Of all positions, float32 [C, head_dim], the first half of sin negated.
+
+        Returns:
+            Hidden states of each part, float32 [stop - start, H].
+        """
+        positions = np.concatenate([np.arange(start, stop) for _, start, stop in parts])
+        hidden = self._embedding[np.concatenate([ids[row, start:stop] for row, start, stop in parts])]
+        tokens, half = len(hidden), self._head_dim // 2
+        turns = cos[positions, :half], sin[positions, half:]
+        x, out = np.empty_like(hidden), np.empty_like(hidden)
+        inverse = np.empty(tokens, np.float32)
+        q, turned = np.empty([2, tokens, self._heads * self._head_dim], np.float32)
+        k, v, turned_k = np.empty([3, tokens, self._kv_heads * self._head_dim], np.float32)
+        gate, up, gated = np.empty([3, tokens, self._inner], np.float32)
+        by_head = tokens, -1, self._head_dim
+        shape = len(cache.lengths), self._kv_heads, cache.capacity, self._head_dim
+        for layer, keys, values in zip(self._layers, cache.keys, cache.values):
+            input_norm, q_proj, k_proj, v_proj, o_proj, middle_norm, gate_proj, up_proj, down_proj = layer
+            cpu.rms_norm(hidden, input_norm, self._epsilon, x, inverse)
+            cpu.rotate(q_proj.multiply(x, q).reshape(by_head), *turns, turned.reshape(by_head))
+            cpu.rotate(k_proj.multiply(x, k).reshape(by_head), *turns, turned_k.reshape(by_head))
+            v_proj.multiply(x, v)
+            stored = [array_of(s).reshape(shape) for s in (keys, values)]
+            at = 0
+            for row, start, stop in parts:
+                own = slice(at, at + stop - start)
+                for held, new in zip(stored, (turned_k, v)):
+                    held[row, :, start:stop] = new.reshape(by_head)[own].transpose(1, 0, 2)
+                self._attend(
+                    turned.reshape(by_head)[own], stored[0][row], stored[1][row], start, q.reshape(by_head)[own]
+                )
+                at = own.stop
+            hidden += o_proj.multiply(q, out)
+            cpu.rms_norm(hidden, middle_norm, self._epsilon, x, inverse)
+            cpu.swiglu(gate_proj.multiply(x, gate), up_proj.multiply(x, up), gated)
+            hidden += down_proj.multiply(gated, out)
+        return np.split(hidden, np.cumsum([stop - start for _, start, stop in parts])[:-1])
+
+    def _attend(self, q: np.ndarray, keys: np.ndarray, values: np.ndarray, first: int, out: np.ndarray) -> None:
+        """Causal attention of one row's new positions, the first of which is `first`.
+
+        Args:
+            q, out: [T, heads, head_dim].
+            keys, values: [kv_heads, capacity, head_dim], the new positions' among them.
+        """
+        groups, scale = self._heads // self._kv_heads, 1.0 / math.sqrt(self._head_dim)
+        steps = np.arange(self._kv_heads, dtype=np.uint64)
+        kv_steps = steps * np.uint64(keys.shape[1] * self._head_dim * 4)
+        for start in range(0, len(q), _QUERIES):
+            block = np.ascontiguousarray(q[start : start + _QUERIES].transpose(1, 0, 2))  # [heads, l, head_dim]
+            length = block.shape[1]
+            seen = first + start + length
+            scores, mixed = np.empty([self._heads, length, seen], np.float32), np.empty_like(block)
+            q_places, s_places, m_places = (
+                steps * np.uint64(groups * length * array.shape[2] * 4) + np.uint64(array.ctypes.data)
+                for array in (block, scores, mixed)
+            )
+            products = len(steps), groups * length
+            _batch(*products, seen, self._head_dim, True, scale)(q_places, kv_steps + _place(keys), s_places)
+            cpu.causal_softmax(scores)
+            _batch(*products, self._head_dim, seen, False, 1.0)(s_places, kv_steps + _place(values), m_places)
+            out[start : start + length] = mixed.transpose(1, 0, 2)
+
+    def logits(self, hidden: np.ndarray) -> paddle.Tensor:
+        """Logits, float32 [N, V], of hidden states [N, H] behind the last layer."""
+        logits = paddle.empty([len(hidden), self._head.outputs], dtype="float32")
+        self._head.multiply(self._normalize(hidden, self._last_norm, np.empty_like(hidden)), array_of(logits))
         return logits
 
     def _normalize(self, hidden: np.ndarray, weight: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -281,6 +363,10 @@ def _batch(count: int, m: int, n: int, k: int, turned: bool, scale: float):
 
 def _norm(module) -> np.ndarray:
     return array_of(module.weight)
+
+
+def _place(array: np.ndarray) -> np.uint64:
+    return np.uint64(array.ctypes.data)
 
 
 def _pointer(array: np.ndarray) -> ctypes.c_void_p:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from finetune.chat.tokenizer import StreamDecoder, Tokenizer
-from finetune.compute.decoder import Decoder, KVCache
+from finetune.compute.cache import KVCache
+from finetune.compute.decoder import Decoder
 from finetune.errors import DataError, FinetuneError
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, Sampling, TokenLogprob, choose, penalize, token_logprob
 

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 
-from finetune.compute.decoder import capacity_for
+from finetune.compute.cache import capacity_for
 from finetune.console import say
 from finetune.errors import FinetuneError
 from finetune.infer.engine import Batch, Engine, Output, Request, Row

@@ -436,7 +436,7 @@ def test_a_row_that_fails_takes_no_other_request_with_it(opened, monkeypatch, ca
 
 def test_rows_that_outgrow_the_cache_are_put_back_and_finish_alike(opened, monkeypatch):
     """Four rows that grow to 64 positions, in a cache of 160: at first all run, later some wait."""
-    monkeypatch.setattr("finetune.compute.decoder._BLOCK", 16)
+    monkeypatch.setattr("finetune.compute.cache._BLOCK", 16)
     monkeypatch.setattr("finetune.serve.scheduler._HEADROOM", 8)
     settings = {"max_tokens": 60, "temperature": 1.0, "extra_body": {"stop_token_ids": []}}
     with serving(opened, Limits(max_batch=4)) as running:

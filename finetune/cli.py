@@ -263,6 +263,10 @@ def serve(
     max_new_tokens: Annotated[
         int | None, _positive(metavar="N", help="Most tokens of an answer; the model's context when not given.")
     ] = None,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(parser=_whole(0), metavar="N", help="Tokens remembered of prompts, for those that begin alike."),
+    ] = 16_384,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every request.")] = False,
     dtype: Dtype = "auto",
     quantization: Quantization = "none",
@@ -281,6 +285,7 @@ def serve(
         max_batch=max_batch,
         max_queue=max_queue,
         max_new_tokens=max_new_tokens,
+        prefix_cache=prefix_cache,
         verbose=verbose,
         held=_held(dtype, quantization),
     )

@@ -28,7 +28,7 @@ from finetune.model.resolve import resolve_model
 from finetune.model.runtime import paddle
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Output
+    from finetune.infer.row import Output
 
 DEFAULT_NEW_TOKENS = 20  # transformers' default when neither max_new_tokens nor max_length is given
 

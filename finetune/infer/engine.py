@@ -4,8 +4,8 @@
     outputs = engine.generate([prompt_ids, ...], Sampling(max_new_tokens=64))
     for delta in engine.stream(prompt_ids, Sampling(temperature=0.7, seed=1)): print(delta.text, end="")
 
-`Batch` is the layer below, for a caller that has its own loop (a server): `join` requests at any time, `step` once per
-token, `drop` a row whose reader has gone.
+`Batch` is the layer below, for a caller that has its own loop (a server): `begin` requests at any time, `read` a piece
+of their prompts between two tokens, `step` once per token, `drop` a row whose reader has gone.
 """
 
 from __future__ import annotations
@@ -13,38 +13,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from finetune.chat.tokenizer import StreamDecoder, Tokenizer
 from finetune.compute.cache import KVCache
-from finetune.compute.decoder import Decoder
+from finetune.compute.decoder import Decoder, Reading
 from finetune.errors import DataError, FinetuneError
-from finetune.infer.sampling import DEFAULT_BATCH_SIZE, Sampling, TokenLogprob, choose, penalize, token_logprob
-
-
-@dataclass(frozen=True)
-class Output:
-    """One generated answer.
-
-    Attributes:
-        tokens: Generated token ids; a stop token that ended the row is among them.
-        text: Their text, without special tokens and cut before a stop text. Empty without a tokenizer.
-        finish_reason: "stop" (stop token or stop text) or "length" (max_new_tokens or the model's context).
-        logprobs: One entry per token when asked for, else None.
-        prompt_tokens: Length of the prompt.
-        score: Mean of the tokens' logits, penalties taken off.
-    """
-
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    logprobs: list[TokenLogprob] | None
-    prompt_tokens: int
-    score: float
+from finetune.infer.prefix import PrefixCache
+from finetune.infer.row import Output, Request, Row
+from finetune.infer.sampling import DEFAULT_BATCH_SIZE, Sampling
 
 
 @dataclass(frozen=True)
@@ -53,169 +33,6 @@ class Delta:
 
     text: str
     output: Output | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt, int64 [L], and what is asked for; `index` is the caller's, to know answers by."""
-
-    prompt: np.ndarray
-    sampling: Sampling
-    index: Any = 0
-
-
-@dataclass
-class Row:
-    """One answer in the making. Depends on its own logits and its own random generator only.
-
-    Attributes:
-        error: What went wrong while its next token was chosen. It is finished then, and has no output.
-    """
-
-    request: Request
-    sample: int
-    stop_ids: frozenset[int]
-    limit: int
-    decoder: StreamDecoder | None
-    tokens: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    error: Exception | None = None
-
-    def __post_init__(self):
-        seed = self.request.sampling.seed
-        self._rng = np.random.default_rng(None if seed is None else [seed, self.sample])
-        self._counts: dict[int, int] = {}
-        self._bias = _bias(self.request.sampling.logit_bias)
-        self._sum = 0.0  # of the tokens' logits
-        self._sent = 0
-        self._ends: list[int] = []  # length of the text after each token; kept only beside log-probabilities
-        self._told = 0
-        self._cut = False
-
-    @cached_property
-    def _prompt_ids(self) -> np.ndarray:
-        return np.unique(self.request.prompt)
-
-    @property
-    def likeliest(self) -> bool:
-        """Whether the next token is just the largest logit."""
-        sampling = self.request.sampling
-        return (
-            sampling.temperature == 0.0
-            and not sampling.penalized
-            and not sampling.logit_bias
-            and sampling.logprobs is None
-            and len(self.tokens) >= sampling.min_new_tokens
-        )
-
-    def advance(self, scores: np.ndarray) -> None:
-        """Choose the next token from logits, float32 [V]."""
-        sampling = self.request.sampling
-        adjusted = scores
-        if sampling.penalized:
-            adjusted = penalize(scores, sampling, self._prompt_ids, self._counts)
-        if self._bias is not None:
-            adjusted = adjusted.copy()
-            adjusted[self._bias[0]] += self._bias[1]
-        if len(self.tokens) < sampling.min_new_tokens:
-            adjusted = adjusted.copy()
-            adjusted[[token for token in self.stop_ids if token < len(scores)]] = -np.inf
-        token = choose(adjusted, sampling, self._rng)
-        if sampling.logprobs is not None:
-            self.logprobs.append(token_logprob(scores, token, sampling.logprobs))
-        self.accept(token, float(adjusted[token]))
-
-    def accept(self, token: int, logit: float) -> None:
-        """Add a token, and find out whether the row ends with it."""
-        self.tokens.append(token)
-        self._sum += logit
-        self._counts[token] = self._counts.get(token, 0) + 1
-        if token in self.stop_ids:
-            self.finish_reason = "stop"
-        elif len(self.tokens) >= self.limit:
-            self.finish_reason = "length"
-        if self.decoder is None:
-            return
-        piece = "" if self.finish_reason == "stop" else self.decoder.push(token)
-        if self.finish_reason:
-            piece += self.decoder.finish()
-        before = len(self.text)
-        self.text += piece
-        if self.request.sampling.logprobs is not None:
-            self._ends.append(len(self.text))
-        self._cut_at_stop(before)
-
-    def _cut_at_stop(self, before: int) -> None:
-        stops = self.request.sampling.stop
-        found = [self.text.find(stop, max(0, before - len(stop) + 1)) for stop in stops]
-        found = [place for place in found if place >= 0]
-        if found:
-            self.text = self.text[: min(found)]
-            self.finish_reason = "stop"
-            self._cut = True
-
-    def new_text(self) -> str:
-        """The text that became certain since the last call. A possible beginning of a stop text is held back."""
-        end = len(self.text)
-        if self.finish_reason is None:
-            end -= max((overlap(self.text, stop) for stop in self.request.sampling.stop), default=0)
-        piece = self.text[self._sent : end]
-        self._sent = max(self._sent, end)
-        return piece
-
-    def new_logprobs(self) -> list[tuple[TokenLogprob, int]]:
-        """Log-probabilities of the tokens whose text `new_text` has given out, each with where its text begins.
-
-        Neither a stop token nor tokens of a stop text are among them. A token that shows nothing yet, such as the first
-        byte of a character, comes with the next that does.
-        """
-        starts = [0, *self._ends]
-        end = len(self._ends)
-        if self.finish_reason is None:
-            while end > self._told and (self._ends[end - 1] > self._sent or self._ends[end - 1] == starts[end - 1]):
-                end -= 1
-        told = range(self._told, end)
-        self._told = end
-        limit = len(self.text) if self._cut else len(self.text) + 1
-        return [
-            (self.logprobs[i], starts[i]) for i in told if self.tokens[i] not in self.stop_ids and starts[i] < limit
-        ]
-
-    def output(self) -> Output:
-        """The whole answer.
-
-        Raises:
-            Exception: `error`, where there is one.
-        """
-        if self.error is not None:
-            raise self.error
-        logprobs = self.logprobs if self.request.sampling.logprobs is not None else None
-        return Output(
-            self.tokens,
-            self.text,
-            self.finish_reason or "length",
-            logprobs,
-            len(self.request.prompt),
-            self._sum / max(1, len(self.tokens)),
-        )
-
-
-def _bias(pairs: tuple[tuple[int, float], ...]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Token ids, int64, and what is added to their scores, float32."""
-    if not pairs:
-        return None
-    tokens, values = zip(*pairs)
-    return np.array(tokens, np.int64), np.array(values, np.float32)
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop` without being all of it."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
-    return 0
 
 
 class Engine:
@@ -343,19 +160,41 @@ def _admit(waiting: deque[Request], free: int, batch_size: int) -> list[Request]
     return admitted
 
 
+@dataclass
+class _Entering:
+    """Rows whose prompts are being read together; row i continues prompts[source[i]]."""
+
+    rows: list[Row]
+    prompts: list[np.ndarray]
+    source: list[int]
+    reading: Reading
+
+
 class Batch:
     """The rows being decoded, and their cache: row i of the cache belongs to rows[i].
 
+    Args:
+        prefixes: What to remember of prompts and answers, for prompts that begin alike; None remembers nothing.
+
     Attributes:
         rows: Rows that are not finished.
-        started: Rows that the last `join` or `resume` took in, finished or not.
+        started: Rows that got a token by the last `read`, finished or not.
+        tokens_read: Tokens of prompts that the last `read` read.
+        reused: Tokens of prompts that were not read because they had been before.
     """
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, prefixes: PrefixCache | None = None):
+        self._engine, self._prefixes = engine, prefixes
         self._cache: KVCache | None = None
+        self._entering: deque[_Entering] = deque()
         self.rows: list[Row] = []
         self.started: list[Row] = []
+        self.tokens_read = self.reused = 0
+
+    @property
+    def entering(self) -> list[Row]:
+        """Rows whose prompts are being read."""
+        return [row for group in self._entering for row in group.rows]
 
     def join(self, requests: list[Request]) -> list[Row]:
         """Read the prompts, once each however many samples are asked for, and choose the first tokens.
@@ -363,29 +202,64 @@ class Batch:
         Returns:
             Rows that finished with their first token.
         """
-        rows = [self._row(request, s) for request in requests for s in range(request.sampling.n)]
-        source = [i for i, request in enumerate(requests) for _ in range(request.sampling.n)]
-        return self._enter(rows, [request.prompt for request in requests], source)
+        self.begin(requests)
+        started, finished = [], []
+        while self._entering:
+            finished += self.read()
+            started += self.started
+        self.started = started
+        return finished
 
-    def resume(self, rows: list[Row]) -> list[Row]:
-        """Take rows that were dropped in again: read what they have so far, and choose the next tokens.
+    def begin(self, requests: list[Request]) -> None:
+        """Take requests in; their prompts are read by `read`."""
+        if requests:
+            rows = [self._row(request, s) for request in requests for s in range(request.sampling.n)]
+            source = [i for i, request in enumerate(requests) for _ in range(request.sampling.n)]
+            self._enter(rows, [request.prompt for request in requests], source)
+
+    def resume(self, rows: list[Row]) -> None:
+        """Take rows that were dropped in again; what they have so far is read by `read`."""
+        for row in rows:
+            self._enter([row], [row.sequence], [0])
+
+    def _enter(self, rows: list[Row], prompts: list[np.ndarray], source: list[int]) -> None:
+        known = [self._prefixes.match(prompt) if self._prefixes else [] for prompt in prompts]
+        reading = self._engine.decoder.reading(prompts, known)
+        self.reused += sum(map(len, prompts)) - reading.left
+        self._entering.append(_Entering(rows, prompts, source, reading))
+
+    def read(self, tokens: int | None = None) -> list[Row]:
+        """Read on, one pass over the weights, in prompts that came with one call of `begin`; each call has its turn.
+
+        Where that ends them, their rows get their first tokens and are decoded from now on.
+
+        Args:
+            tokens: Most tokens that are read; None takes as many as a pass can.
 
         Returns:
-            Rows that finished with that token.
+            Rows that finished with their first token.
         """
-        prompts = [np.concatenate([row.request.prompt, np.asarray(row.tokens, dtype=np.int64)]) for row in rows]
-        return self._enter(rows, prompts, list(range(len(rows))))
-
-    def _enter(self, rows: list[Row], prompts: list[np.ndarray], source: list[int]) -> list[Row]:
-        """Row i continues prompts[source[i]]."""
-        self.started = rows
-        if not rows:
+        self.started, self.tokens_read = [], 0
+        if not self._entering:
             return []
-        cache, logits = self._engine.decoder.read(prompts)
+        group = self._entering[0]
+        self.tokens_read = group.reading.advance(tokens)
+        self._entering.rotate(-1)
+        if group.reading.left:
+            return []
+        self._entering.remove(group)
+        return self._start(group)
+
+    def _start(self, group: _Entering) -> list[Row]:
+        cache, logits = group.reading.finish()
+        for i, prompt in enumerate(group.prompts):
+            self._remember(prompt, cache, i)
+        rows, source = group.rows, group.source
+        self.started = rows
         _advance(rows, logits, source)
         kept = [i for i, row in enumerate(rows) if row.finish_reason is None]
         if kept:
-            if [source[i] for i in kept] != list(range(len(prompts))):
+            if [source[i] for i in kept] != list(range(len(group.prompts))):
                 cache.select([source[i] for i in kept])
             if self._cache is None:
                 self._cache = cache
@@ -393,6 +267,10 @@ class Batch:
                 self._cache.extend(cache)
             self.rows += [rows[i] for i in kept]
         return [row for row in rows if row.finish_reason is not None]
+
+    def _remember(self, tokens: np.ndarray, cache: KVCache, row: int) -> None:
+        if self._prefixes is not None:
+            self._prefixes.store(tokens, partial(cache.take, row))
 
     def step(self) -> list[Row]:
         """Add one token to every row. Rows that finish leave and are returned."""
@@ -405,16 +283,27 @@ class Batch:
         return finished
 
     def drop(self, rows: list[Row]) -> None:
-        """Take rows out."""
+        """Take rows out, read or being read. What they have read is remembered."""
         if not rows:
             return
         gone = {id(row) for row in rows}
+        self._leave_entering(gone)
+        for i, row in enumerate(self.rows):
+            if id(row) in gone and self._cache is not None:
+                self._remember(row.sequence[:-1], self._cache, i)  # the last token was chosen, and not read
         kept = [i for i, row in enumerate(self.rows) if id(row) not in gone]
         if not kept:
             self._cache = None
         elif self._cache is not None and len(kept) < len(self.rows):
             self._cache.select(kept)
         self.rows = [self.rows[i] for i in kept]
+
+    def _leave_entering(self, gone: set[int]) -> None:
+        for group in list(self._entering):
+            kept = [i for i, row in enumerate(group.rows) if id(row) not in gone]
+            group.rows, group.source = [group.rows[i] for i in kept], [group.source[i] for i in kept]
+            if not kept:
+                self._entering.remove(group)
 
     def _row(self, request: Request, sample: int) -> Row:
         engine = self._engine

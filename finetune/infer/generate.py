@@ -28,7 +28,8 @@ from finetune.infer.sampling import DEFAULT_BATCH_SIZE, DEFAULT_MAX_NEW_TOKENS, 
 from finetune.model.resolve import ModelSource, resolve_model
 
 if TYPE_CHECKING:
-    from finetune.infer.engine import Engine, Output
+    from finetune.infer.engine import Engine
+    from finetune.infer.row import Output
 
 # Rows held at once: enough to sort by length, few enough for a file of any size.
 WINDOW = 2048

@@ -1,7 +1,9 @@
 """How the next token is chosen: the settings, and the arithmetic on one row of scores. No paddle here.
 
-Everything works on one row at a time, in NumPy, with a random generator of its own: what a row draws does not depend on
-which other rows are decoded beside it.
+Everything works on one row at a time, in NumPy, with a random generator of its own: what a row draws depends on its
+seed and its scores only. Scores differ in their last bits (1e-6) with the number of rows that are multiplied together
+and with the pieces in which a prompt was read, as in every engine. Greedy answers and draws are the same alone and
+beside others, but where the two foremost tokens are as close as that.
 
 Order and meaning follow transformers' logits processors: repetition penalty, then (ours, as in OpenAI's interface)
 presence and frequency penalty and the bias of single tokens, then temperature, top-k, top-p, min-p.
@@ -20,7 +22,7 @@ from finetune.errors import ArgumentError, Fault
 MAX_TOP_LOGPROBS = 20
 DEFAULT_MAX_NEW_TOKENS = 512
 DEFAULT_BATCH_SIZE = 8
-DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE = 32, 256  # of the server
+DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE, DEFAULT_PREFIX_CACHE = 32, 256, 16_384  # of the server
 # Scores divided by less overflow; as in vLLM, such a temperature means the likeliest token.
 _LEAST_TEMPERATURE = 1e-5
 
@@ -230,13 +232,19 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def choose(scores: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token from scores after penalties, float32 [V]: the likeliest, or a draw by inverse distribution."""
+    """The next token from scores after penalties, float32 [V]: the likeliest, or a draw.
+
+    Each token of the vocabulary gets an exponential time, divided by its probability, and the earliest is drawn: of
+    independent exponential times with rates p, the first is that of i with probability p_i. Where scores differ in
+    their last bits, only the two earliest can change places. A draw by inverse distribution moves to another token
+    whenever a sum of probabilities crosses the drawn number (figures: docs/log.md).
+    """
     if sampling.temperature == 0.0:
         return int(scores.argmax())
+    times = rng.standard_exponential(len(scores))  # of all tokens, so that each keeps its own whatever may be drawn
     ids, probabilities = support(scores, sampling)
-    reached = np.cumsum(probabilities)
-    place = np.searchsorted(reached, rng.random() * reached[-1], side="right")
-    return int(ids[min(place, len(ids) - 1)])
+    with np.errstate(divide="ignore"):  # what is too unlikely for float64 comes never
+        return int(ids[np.argmin(times[ids] / probabilities)])
 
 
 @dataclass(frozen=True)

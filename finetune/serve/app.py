@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect
 from finetune.console import say, warn
 from finetune.errors import FinetuneError
 from finetune.infer.open import AS_STORED, Held, Opened, open_model
-from finetune.infer.sampling import DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE
+from finetune.infer.sampling import DEFAULT_MAX_BATCH, DEFAULT_MAX_QUEUE, DEFAULT_PREFIX_CACHE
 from finetune.serve.body import Bodies, parse
 from finetune.serve.errors import ApiError, shown
 from finetune.serve.guard import Access, Guard, Observed, is_loopback
@@ -53,11 +53,13 @@ class Limits:
         max_batch: Most answers decoded together.
         max_queue: Most answers that wait for a place.
         max_new_tokens: Most tokens of an answer; None leaves it to the model's context.
+        prefix_cache: Most tokens of prompts and answers that are remembered, for prompts that begin alike.
     """
 
     max_batch: int = DEFAULT_MAX_BATCH
     max_queue: int = DEFAULT_MAX_QUEUE
     max_new_tokens: int | None = None
+    prefix_cache: int = DEFAULT_PREFIX_CACHE
 
 
 def serve(
@@ -72,6 +74,7 @@ def serve(
     max_batch: int = DEFAULT_MAX_BATCH,
     max_queue: int = DEFAULT_MAX_QUEUE,
     max_new_tokens: int | None = None,
+    prefix_cache: int = DEFAULT_PREFIX_CACHE,
     verbose: bool = False,
     held: Held = AS_STORED,
 ) -> None:
@@ -93,7 +96,7 @@ def serve(
     with contextlib.closing(listener):
         opened = open_model(model, held, pack=True)
         name = name or default_name(model)
-        limits = Limits(max_batch, max_queue, max_new_tokens)
+        limits = Limits(max_batch, max_queue, max_new_tokens, prefix_cache)
         app = build_app(opened, name, limits, access=access, verbose=verbose)
         url = _url(host, listener.getsockname()[1])
         if api_key is None and not is_loopback(host):
@@ -149,7 +152,13 @@ def build_app(
         name: What requests call the model.
     """
     metrics = Metrics()
-    scheduler = Scheduler(opened.engine, metrics, max_batch=limits.max_batch, max_queue=limits.max_queue)
+    scheduler = Scheduler(
+        opened.engine,
+        metrics,
+        max_batch=limits.max_batch,
+        max_queue=limits.max_queue,
+        prefix_positions=limits.prefix_cache,
+    )
     metrics.watch("finetune_running", "Answers being decoded", lambda: scheduler.running)
     metrics.watch("finetune_queue_length", "Answers that wait for a place", lambda: scheduler.queued)
 

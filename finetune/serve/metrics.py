@@ -19,6 +19,9 @@ class Metrics:
             "finetune_requests", "HTTP requests answered", ["endpoint", "status"], registry=registry
         )
         self.prompt_tokens = Counter("finetune_prompt_tokens", "Tokens of prompts read", registry=registry)
+        self.reused_tokens = Counter(
+            "finetune_prompt_tokens_reused", "Tokens of prompts remembered from others", registry=registry
+        )
         self.generated_tokens = Counter("finetune_generated_tokens", "Tokens generated", registry=registry)
         self.cancelled = Counter("finetune_cancelled", "Requests whose client went away", registry=registry)
         self.seconds = Histogram(

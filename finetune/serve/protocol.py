@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_text
 from finetune.errors import ArgumentError, CheckpointError, DataError, did_you_mean
-from finetune.infer.engine import Request
 from finetune.infer.open import Opened
+from finetune.infer.row import Request
 from finetune.infer.sampling import MAX_TOP_LOGPROBS, Sampling
 from finetune.rows.formats import parse_row
 from finetune.serve import fields

@@ -7,18 +7,26 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field, replace
 
 from finetune.compute.cache import capacity_for
 from finetune.console import say
 from finetune.errors import FinetuneError
-from finetune.infer.engine import Batch, Engine, Output, Request, Row
+from finetune.infer.engine import Batch, Engine
+from finetune.infer.prefix import PrefixCache
+from finetune.infer.row import Output, Request, Row
 from finetune.infer.sampling import TokenLogprob
 from finetune.serve.metrics import Metrics
 
 # Positions of the cache, per row of a full batch. Long rows share the same memory: fewer of them run together.
 _POSITIONS_PER_ROW = 2048
+# While others are answered, a prompt is read in pieces that take as long as so many of their tokens ...
+_STEPS_PER_PIECE = 3
+# ... but of no fewer tokens than these, and of no more than those, as long as it is not known how fast they are read.
+_LEAST_PIECE, _FIRST_PIECE = 16, 64
+# Short prompts that are read together have no more tokens than this.
+_TOGETHER = 512
 # A row is let in only with this much room for its answer, so that it is not put back at once.
 _HEADROOM = 128
 
@@ -95,13 +103,21 @@ class Scheduler:
     Args:
         max_batch: Most rows decoded together.
         max_queue: Most rows that wait for a place.
+        prefix_positions: Most positions of prompts and answers that are remembered, for prompts that begin alike.
         max_positions: Most positions of the cache, rows times longest row; at least one row of the model's whole
             context always fits. Where running rows outgrow it, the youngest is put back into the queue and read again
             later.
     """
 
     def __init__(
-        self, engine: Engine, metrics: Metrics, *, max_batch: int, max_queue: int, max_positions: int | None = None
+        self,
+        engine: Engine,
+        metrics: Metrics,
+        *,
+        max_batch: int,
+        max_queue: int,
+        prefix_positions: int = 0,
+        max_positions: int | None = None,
     ):
         self.engine, self.metrics = engine, metrics
         self.max_batch, self.max_queue = max_batch, max_queue
@@ -110,8 +126,10 @@ class Scheduler:
         self._waiting: deque[Request] = deque()
         self._paused: deque[Row] = deque()
         self._open: set[Ticket] = set()
-        self._entering = 0
-        self._batch = Batch(engine)
+        self._prefixes = PrefixCache(prefix_positions) if prefix_positions else None
+        self._batch = Batch(engine, self._prefixes)
+        self._pace = _Pace()
+        self._joining = 0
         self._changed = threading.Condition()
         self._stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -134,7 +152,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Rows being decoded."""
-        return len(self._batch.rows) + self._entering
+        return len(self._batch.rows) + self._joining + len(self._batch.entering)
 
     @property
     def queued(self) -> int:
@@ -176,11 +194,11 @@ class Scheduler:
         with self.engine.evaluating():
             while True:
                 with self._changed:
-                    while not (self._waiting or self._paused or self._batch.rows or self._stopping):
+                    while not (self._waiting or self._paused or self._rows() or self._stopping):
                         self._changed.wait()
                     if self._stopping:
                         return self._fail(ServerClosed())
-                    gone = [row for row in self._batch.rows if _ticket(row).cancelled]
+                    gone = [row for row in self._rows() if _ticket(row).cancelled]
                     self._paused = deque(row for row in self._paused if not _ticket(row).cancelled)
                 try:
                     self._turn(gone)
@@ -188,27 +206,39 @@ class Scheduler:
                     self._fail(_described(error))
 
     def _turn(self, gone: list[Row]) -> None:
-        """One token for every row, after those who leave and those who come."""
+        """One token for every row, after those who leave and those who come, and a piece of a prompt."""
         batch = self._batch
         batch.drop(gone)
         with self._changed:
             resumed, joining = self._admit()
-            self._entering = len(resumed) + sum(request.sampling.n for request in joining)
+            self._joining = len(resumed) + sum(request.sampling.n for request in joining)
         batch.resume(resumed)
-        self._report(batch.started)
-        batch.join(joining)
-        self._entering = 0
-        self._report(batch.started)
+        for group in _groups(joining):
+            batch.begin(group)
+        self._joining = 0
         self.metrics.prompt_tokens.inc(sum(len(request.prompt) for request in joining))
+        self.metrics.reused_tokens.inc(batch.reused)
+        batch.reused = 0
+        if batch.entering:
+            started = time.monotonic()
+            batch.read(self._pace.piece if batch.rows else None)
+            self._pace.saw_piece(batch.tokens_read, time.monotonic() - started)
+            self._report(batch.started)
         self._make_room()
-        decoded = list(batch.rows)
-        batch.step()
-        self._report(decoded)
+        if batch.rows:
+            decoded, started = list(batch.rows), time.monotonic()
+            batch.step()
+            self._pace.saw_step(time.monotonic() - started)
+            self._report(decoded)
+
+    def _rows(self) -> list[Row]:
+        """All rows that have a place."""
+        return self._batch.rows + self._batch.entering
 
     def _admit(self) -> tuple[list[Row], list[Request]]:
         """Who gets a place now: rows that were put back first, then the queue in its order."""
-        longest = max((_length(row) for row in self._batch.rows), default=0)
-        rows = len(self._batch.rows)
+        longest = max((_length(row) for row in self._rows()), default=0)
+        rows = len(self._rows())
         resumed: list[Row] = []
         joining: list[Request] = []
 
@@ -228,9 +258,12 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Put the youngest rows back where the next token would outgrow the cache."""
-        rows = list(self._batch.rows)
+        rows, entering = list(self._batch.rows), self._batch.entering
         out: list[Row] = []
-        while len(rows) > 1 and len(rows) * capacity_for(max(map(_length, rows)) + 1) > self.max_positions:
+        while len(rows) > 1:
+            capacity = capacity_for(max(_length(row) for row in rows + entering) + 1)
+            if (len(rows) + len(entering)) * capacity <= self.max_positions:
+                break
             out.append(rows.pop())
         self._batch.drop(out)
         with self._changed:
@@ -280,10 +313,47 @@ class Scheduler:
             self._open.clear()
             self._waiting.clear()
             self._paused.clear()
-            self._batch, self._entering = Batch(self.engine), 0
+            self._batch, self._joining = Batch(self.engine, self._prefixes), 0
             for ticket in tickets:
                 ticket.left = 0
         self._send([(ticket, error) for ticket in tickets])
+
+
+class _Pace:
+    """How many tokens of a prompt take as long as _STEPS_PER_PIECE steps of the others, as measured while it runs."""
+
+    def __init__(self) -> None:
+        self._step = self._token = 0.0
+
+    @property
+    def piece(self) -> int:
+        if not self._step or not self._token:
+            return _FIRST_PIECE
+        return max(_LEAST_PIECE, int(_STEPS_PER_PIECE * self._step / self._token))
+
+    def saw_step(self, seconds: float) -> None:
+        self._step = _blended(self._step, seconds)
+
+    def saw_piece(self, tokens: int, seconds: float) -> None:
+        self._token = _blended(self._token, seconds / tokens)
+
+
+def _blended(before: float, now: float) -> float:
+    return 0.7 * before + 0.3 * now if before else now
+
+
+def _groups(requests: list[Request]) -> Iterator[list[Request]]:
+    """Requests whose prompts are read together: neighbours of few tokens in all, so that none waits for a long one."""
+    group: list[Request] = []
+    tokens = 0
+    for request in requests:
+        if group and tokens + len(request.prompt) > _TOGETHER:
+            yield group
+            group, tokens = [], 0
+        group.append(request)
+        tokens += len(request.prompt)
+    if group:
+        yield group
 
 
 def _described(error: Exception) -> FinetuneError:

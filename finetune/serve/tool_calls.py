@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from finetune.infer.engine import overlap
+from finetune.infer.row import overlap
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 

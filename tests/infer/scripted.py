@@ -29,6 +29,25 @@ class Places:
     def extend(self, other: Places) -> None:
         self.said += other.said
 
+    def take(self, row: int, start: int, stop: int) -> None:
+        return None
+
+
+@dataclass
+class ScriptReading:
+    """Prompts that take no time to read."""
+
+    script: Script
+    said: list[int]
+    left: int
+
+    def advance(self, tokens: int | None = None) -> int:
+        read, self.left = self.left, 0
+        return read
+
+    def finish(self):
+        return Places(self.said), self.script.next(self.said)
+
 
 class Script:
     """Stands for the decoder: every row says the same text, then its end token, whatever was asked.
@@ -45,22 +64,21 @@ class Script:
         self.largest = 0
         self.fails = False
 
-    def read(self, prompts):
+    def reading(self, prompts, known):
         """A row that is read again has part of the script at the end of its prompt."""
-        said = [self._already_said(list(prompt)) for prompt in prompts]
-        return Places(said), self._next(said)
+        return ScriptReading(self, [self._already_said(list(prompt)) for prompt in prompts], sum(map(len, prompts)))
 
     def step(self, tokens, cache):
         cache.said = [place + 1 for place in cache.said]
         self.largest = max(self.largest, len(tokens))
         if self.fails:
             raise RuntimeError("the machine is on fire")
-        return self._next(cache.said)
+        return self.next(cache.said)
 
     def _already_said(self, prompt: list[int]) -> int:
         return max(n for n in range(len(self._tokens)) if n == 0 or prompt[-n:] == self._tokens[:n])
 
-    def _next(self, said: list[int]):
+    def next(self, said: list[int]):
         import paddle
 
         time.sleep(self.pause)

@@ -420,7 +420,7 @@ def test_a_row_that_fails_takes_no_other_request_with_it(opened, monkeypatch, ca
             raise IndexError("no token is left")
         return int(scores.argmax())
 
-    monkeypatch.setattr("finetune.infer.engine.choose", fail)
+    monkeypatch.setattr("finetune.infer.row.choose", fail)
     with serving(scripted(opened, "word " * 80, pause=0.02), Limits(max_batch=3)) as running:
         other = iter(chat(running.client(), stream=True, max_tokens=60))
         next(other)

@@ -160,7 +160,7 @@ def _admit(waiting: deque[Request], free: int, batch_size: int) -> list[Request]
     return admitted
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entering:
     """Rows whose prompts are being read together; row i continues prompts[source[i]]."""
 

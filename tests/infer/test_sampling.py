@@ -157,14 +157,14 @@ def test_generation_config_is_read_as_transformers_reads_it():
 
 
 def test_a_draw_with_a_seed_hardly_ever_changes_with_the_last_bits_of_the_scores():
-    """20,000 nearly equal tokens, moved by 1e-4, a hundred times what the size of a batch moves: 1 draw in 10,000 may
-    change (the two earliest of exponential times are closer than that); by inverse distribution one in 50 did."""
+    """20,000 nearly equal tokens, moved by 1e-4, a hundred times what the size of a batch moves: one draw in some
+    thousands may change, where the two earliest of exponential times are closer than that."""
     noise, changed = np.random.default_rng(0), 0
     sampling = Sampling(temperature=1.0)
-    for seed in range(1500):
+    for seed in range(400):
         values = scores(seed, size=20_000, spread=0.3)
         moved = values + (noise.standard_normal(len(values)) * 1e-4).astype(np.float32)
         changed += choose(values, sampling, np.random.default_rng(seed)) != choose(
             moved, sampling, np.random.default_rng(seed)
         )
-    assert changed <= 2
+    assert changed <= 1

@@ -1,11 +1,48 @@
-"""Checks of what stands on a command line, beyond what one option's own reader sees. All raise `ArgumentError`."""
+"""Readers of single options, and checks of what no one option sees. Checks raise `ArgumentError`, readers ValueError."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
-from finetune.errors import ArgumentError
+from finetune.errors import ArgumentError, Fault, did_you_mean
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A reader of whole numbers from `low` to `high` whose message, unlike typer's, names what was found."""
+    valid = f"of at least {low}" if high is None else f"from {low} to {high}"
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low or (high is not None and number > high):
+            raise ValueError(f"{text} is not a whole number {valid}")
+        return number
+
+    return read
+
+
+def number(text: str) -> float:
+    """A number, whole or not."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+
+
+def choice(*choices: str) -> Callable[[str], str]:
+    """A reader of one of several words, with the nearest one in its message."""
+
+    def read(text: str) -> str:
+        if text not in choices:
+            fault = Fault(f"{text!r} is not one of {', '.join(choices)}", fix=did_you_mean(text, choices))
+            raise ValueError(str(fault))
+        return text
+
+    return read
 
 
 def check_master(nnodes: int, master: str | None) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,10 +20,13 @@ from finetune.arguments import (
     check_name,
     check_sampling,
     check_utf8,
+    choice,
+    number,
     piped_prompt,
     read_api_key,
+    whole,
 )
-from finetune.errors import ArgumentError, Fault, FinetuneError, Interrupted, UserError, did_you_mean
+from finetune.errors import ArgumentError, FinetuneError, Interrupted, UserError
 from finetune.export.formats import DTYPES, FORMATS
 
 app = typer.Typer(
@@ -44,43 +46,8 @@ app.add_typer(recipes_app, name="recipes")
 _UsageError: Any = typer.BadParameter.__base__  # its module's name depends on typer's version
 
 
-def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A reader of whole numbers from `low` to `high` whose message, unlike typer's, names what was found."""
-    valid = f"of at least {low}" if high is None else f"from {low} to {high}"
-
-    def read(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            number = low - 1
-        if number < low or (high is not None and number > high):
-            raise ValueError(f"{text} is not a whole number {valid}")
-        return number
-
-    return read
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
-
-
-def _choice(*choices: str) -> Callable[[str], str]:
-    """A reader of one of several words, with the nearest one in its message."""
-
-    def read(text: str) -> str:
-        if text not in choices:
-            fault = Fault(f"{text!r} is not one of {', '.join(choices)}", fix=did_you_mean(text, choices))
-            raise ValueError(str(fault))
-        return text
-
-    return read
-
-
 def _positive(*names: str, metavar: str, help: str) -> Any:
-    return typer.Option(*names, parser=_whole(1), metavar=metavar, help=help)
+    return typer.Option(*names, parser=whole(1), metavar=metavar, help=help)
 
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, folder, checkpoint or run.")]
@@ -92,27 +59,27 @@ Overrides = Annotated[
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt; the model's own when not given.")]
 MaxNewTokens = Annotated[int, _positive(metavar="N", help="Most tokens to add to a prompt.")]
 Temperature = Annotated[
-    float | None, typer.Option(parser=_number, metavar="T", help="Above 0 draws tokens, 0 is greedy.")
+    float | None, typer.Option(parser=number, metavar="T", help="Above 0 draws tokens, 0 is greedy.")
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(parser=_number, metavar="P", help="Draw from the likeliest tokens that sum to P, in (0, 1]."),
+    typer.Option(parser=number, metavar="P", help="Draw from the likeliest tokens that sum to P, in (0, 1]."),
 ]
 TopK = Annotated[
-    int | None, typer.Option(parser=_whole(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
+    int | None, typer.Option(parser=whole(0), metavar="K", help="Draw from the K likeliest tokens; 0: from all.")
 ]
 Dtype = Annotated[
-    str, typer.Option(parser=_choice("auto", "float32", "bfloat16", "float16"), metavar="D", help="Of the weights.")
+    str, typer.Option(parser=choice("auto", "float32", "bfloat16", "float16"), metavar="D", help="Of the weights.")
 ]
 Quantization = Annotated[
     str,
     typer.Option(
-        parser=_choice("none", "nf4", "int8"),
+        parser=choice("none", "nf4", "int8"),
         metavar="none|nf4|int8",
         help="Of the layers: less memory, slower.",
     ),
 ]
-Seed = Annotated[int | None, typer.Option(parser=_whole(0), metavar="S", help="Makes the draws repeatable.")]
+Seed = Annotated[int | None, typer.Option(parser=whole(0), metavar="S", help="Makes the draws repeatable.")]
 
 
 def _held(dtype: str, quantization: str) -> Any:
@@ -171,7 +138,7 @@ def generate(
     batch_size: Annotated[int, _positive(metavar="B", help="Prompts decoded together.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     on_bad_row: Annotated[
-        str, typer.Option(parser=_choice("error", "skip"), metavar="error|skip", help="Rows of FILE that are wrong.")
+        str, typer.Option(parser=choice("error", "skip"), metavar="error|skip", help="Rows of FILE that are wrong.")
     ] = "error",
     dtype: Dtype = "auto",
     quantization: Quantization = "none",
@@ -238,7 +205,7 @@ def chat(
 def serve(
     model: ModelArgument,
     host: Annotated[str, typer.Option(metavar="HOST", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(parser=_whole(0, 65535), metavar="PORT", help="0 takes any free one.")] = 8000,
+    port: Annotated[int, typer.Option(parser=whole(0, 65535), metavar="PORT", help="0 takes any free one.")] = 8000,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="What requests call the model; MODEL's last part if not given.")
     ] = None,
@@ -258,14 +225,14 @@ def serve(
     ] = None,
     max_batch: Annotated[int, _positive(metavar="N", help="Answers decoded together.")] = 32,
     max_queue: Annotated[
-        int, typer.Option(parser=_whole(0), metavar="N", help="Answers that may wait; more are refused.")
+        int, typer.Option(parser=whole(0), metavar="N", help="Answers that may wait; more are refused.")
     ] = 256,
     max_new_tokens: Annotated[
         int | None, _positive(metavar="N", help="Most tokens of an answer; the model's context when not given.")
     ] = None,
     prefix_cache: Annotated[
         int,
-        typer.Option(parser=_whole(0), metavar="N", help="Tokens remembered of prompts, for those that begin alike."),
+        typer.Option(parser=whole(0), metavar="N", help="Tokens remembered of prompts, for those that begin alike."),
     ] = 16_384,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every request.")] = False,
     dtype: Dtype = "auto",
@@ -296,12 +263,12 @@ def export(
     model: ModelArgument,
     output_dir: Annotated[Path, typer.Argument(metavar="OUTPUT_DIR", help="Folder to write; must not hold files yet.")],
     format: Annotated[
-        str, typer.Option(parser=_choice(*FORMATS), metavar="|".join(FORMATS), help="Layout to write.")
+        str, typer.Option(parser=choice(*FORMATS), metavar="|".join(FORMATS), help="Layout to write.")
     ] = "hf",
     dtype: Annotated[
         str,
         typer.Option(
-            parser=_choice(*DTYPES),
+            parser=choice(*DTYPES),
             metavar="|".join(DTYPES),
             help="Weights' numbers; auto keeps them, q8_0 is for gguf only.",
         ),
@@ -339,7 +306,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE.json", help="All figures, settings and versions.")
     ] = None,
     num_fewshot: Annotated[
-        int | None, typer.Option(parser=_whole(0), metavar="N", help="Examples before each question, if not the usual.")
+        int | None, typer.Option(parser=whole(0), metavar="N", help="Examples before each question, if not the usual.")
     ] = None,
     batch_size: Annotated[int, _positive(metavar="B", help="Answers decoded together.")] = 8,
     raw: Annotated[bool, typer.Option("--raw", help="Without the chat template, as for base models.")] = False,

@@ -1,4 +1,4 @@
-"""Readers of single options, and checks of what no one option sees. Readers raise ValueError, checks `ArgumentError`."""
+"""Readers of single options, and checks of what no one option sees; readers raise ValueError, checks ArgumentError."""
 
 from __future__ import annotations
 

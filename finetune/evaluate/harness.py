@@ -39,6 +39,12 @@ class EvaluatedModel(TemplateLM):
         return self.tokenizer.eos_token_id
 
     @property
+    def prefix_token_id(self) -> int | None:
+        """What stands before a text without context: BOS, or the end of text where there is none."""
+        bos = self.tokenizer.special_tokens.get("bos_token")
+        return self.eot_token_id if bos is None else self.tokenizer.backend.token_to_id(bos)
+
+    @property
     def tokenizer_name(self) -> str:
         return str(self._opened.source.folder)
 

@@ -139,14 +139,14 @@ def _columns_rules(recipe: Recipe) -> Iterator[Clash]:
         for index, source in enumerate(getattr(recipe.data, name)):
             forms = list(FORMS.values()) if source.format == "auto" else [FORMS[source.format]]
             known = list(dict.fromkeys(key for form in forms for key in form.keys))
-            for key in source.columns:
-                if key not in known:
-                    yield Clash(
-                        (f"data.{name}.{index}.columns", f"data.{name}.{index}.format"),
-                        f"data.{name}[{index}].columns has {key}, which rows of format {source.format} do not have",
-                        did_you_mean(key, known, f"The keys are {', '.join(known)}."),
-                    )
-            if source.columns and not any(set(source.columns) <= set(form.keys) for form in forms):
+            unknown = [key for key in source.columns if key not in known]
+            for key in unknown:
+                yield Clash(
+                    (f"data.{name}.{index}.columns", f"data.{name}.{index}.format"),
+                    f"data.{name}[{index}].columns has {key}, which rows of format {source.format} do not have",
+                    did_you_mean(key, known, f"The keys are {', '.join(known)}."),
+                )
+            if source.columns and not unknown and not any(set(source.columns) <= set(form.keys) for form in forms):
                 yield Clash(
                     (f"data.{name}.{index}.columns", f"data.{name}.{index}.format"),
                     f"data.{name}[{index}].columns has keys that no form has together",

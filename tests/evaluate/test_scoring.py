@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ from finetune.evaluate import scoring
 from finetune.evaluate.scoring import score_continuations
 from finetune.model.load import load_model
 from finetune.model.resolve import resolve_model
-from tests.tiny import tiny_model
+from tests.chat.test_lost import tokenizer_with
+from tests.tiny import CHATML, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +87,15 @@ def test_a_shared_beginning_is_read_once(models, monkeypatch):
     score_continuations(models[0], [(question, [letter]) for question in questions for letter in (1, 2, 3, 4)])
     assert [layout.num_tokens for layout in read] == [100 + 10 * 3]
     assert read[0].num_targets == 40
+
+
+def test_texts_begin_with_bos_as_lm_evals_own_model_has_them():
+    harness = pytest.importorskip("finetune.evaluate.harness")
+    tokenizer = tokenizer_with(CHATML, bos=True)
+    bos, plain = tokenizer.convert_tokens_to_ids("<s>"), tokenizer.encode("hi", add_special_tokens=False)
+    model = harness.EvaluatedModel(SimpleNamespace(tokenizer=tokenizer), 1)
+    assert model.prefix_token_id == bos
+    assert model.tok_encode("hi") == [bos, *plain]
+    assert model.tok_encode("hi", add_special_tokens=False) == plain
+    # What begins with BOS already, as a rendered chat may, gets no other.
+    assert model.tok_encode("<s>hi") == [bos, *plain]

@@ -9,6 +9,8 @@ import pytest
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError, DataError
 from finetune.infer.prompts import MAX_FAULTS, PromptReader
+from tests.chat.test_lost import tokenizer_with
+from tests.tiny import CHATML
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 
@@ -126,3 +128,26 @@ def test_files_that_cannot_be_read(reader, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no rows"):
         reader.check(tmp_path / "empty.jsonl")
+
+
+def test_a_raw_prompt_begins_with_the_bos_that_the_tokenizer_puts_before_plain_text_and_a_chat_does_not():
+    bos = tokenizer_with(CHATML, bos=True)
+    first = bos.convert_tokens_to_ids("<s>")
+    raw = PromptReader(bos, context=512, raw=True).read({"prompt": "Hi"}, "f:1").ids
+    assert raw == [first, *bos.encode("Hi", add_special_tokens=False)]
+    assert first not in PromptReader(bos, context=512).read({"prompt": "Hi"}, "f:1").ids
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "Hi"},
+        {"query": "Hi", "response": "Hello"},
+        {"prompt": "Hi", "completion": "Hello"},
+        {"conversations": [USER, ANSWER]},
+        {"query": "Hi", "response": "Hello", "rejected_response": "No"},
+        {"messages": [USER, ANSWER], "rejected_response": "No"},
+    ],
+)
+def test_rows_of_newer_forms(reader, row):
+    assert reader.tokenizer.decode(reader.read(row, "f:1").ids) == SYSTEM + turn("user", "Hi") + ASSISTANT

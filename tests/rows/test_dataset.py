@@ -331,3 +331,20 @@ def test_pair_policies(tokenizer, write):
     assert build(tokenizer, path, method="dpo", max_length=BARE + 9, overlong="drop")[1].dropped == 1
     with pytest.raises(DataError, match="p.jsonl:2: .* tokens, but data.max_length"):
         build(tokenizer, path, method="dpo", max_length=BARE + 9, overlong="error")
+
+
+def test_columns_are_taken_by_every_path_and_named_where_they_are_missing(tokenizer, write):
+    rows = [{"question": "q", "answer": "a"}, {"question": "p", "answer": "b"}]
+    path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"instruction": "question", "output": "answer"}
+    mapped, _ = build(tokenizer, From(path, columns=columns))
+    alpaca = [{"instruction": row["question"], "output": row["answer"]} for row in rows]
+    plain = write("b.jsonl", "".join(json.dumps(row) + "\n" for row in alpaca))
+    expected, _ = build(tokenizer, plain)
+    assert [row.input_ids.tolist() for row in mapped] == [row.input_ids.tolist() for row in expected]
+    # The form must read all of the keys, whatever else the row has.
+    text = write("c.jsonl", json.dumps({"messages": said("x", "y"), **rows[0]}) + "\n")
+    chosen, _ = build(tokenizer, From(text, columns={"query": "question", "response": "answer"}))
+    assert chosen[0].input_ids.tolist() == expected[0].input_ids.tolist()
+    with pytest.raises(DataError, match="there is no column answr, which `columns` takes for output.*mean answer"):
+        build(tokenizer, From(path, columns={"instruction": "question", "output": "answr"}))

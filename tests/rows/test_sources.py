@@ -3,12 +3,14 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from pathlib import Path
 
 import pytest
 
 from finetune.errors import DataError, Fault
+from finetune.rows.block import Block
 from finetune.rows.datafiles import DataFile, find_files
-from finetune.rows.sources import read_blocks
+from finetune.rows.sources import read_blocks, rows_of
 from tests.chat.cases import said
 from tests.chat.conftest import From
 from tests.rows.reading import read_rows
@@ -406,3 +408,54 @@ def test_hash_is_of_the_bytes(write):
 
     path = write("a.jsonl", lines())
     assert find_files(From(path))[0].sha256() == hashlib.sha256(lines().encode()).hexdigest()
+
+
+# -- arrays called jsonl, and columns -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson"])
+def test_a_json_array_in_a_jsonl_is_read(write, name, indent):
+    rows = [{"text": f"row {i}"} for i in range(5)]
+    path = write(name, " \n" + json.dumps(rows, indent=indent))
+    assert read(path) == [(row, f"{path}:{i}") for i, row in enumerate(rows, 1)]
+
+
+def test_lines_that_are_arrays_are_rows_that_are_none(write):
+    ((fault, _), (second, _)) = read(write("a.jsonl", '[1, 2]\n{"text": "x"}\n'))
+    assert "which is not an object" in fault.what and second == {"text": "x"}
+
+
+QA = [{"question": f"q{i}", "answer": f"a{i}", "output": "another", "n": i} for i in range(3)]
+COLUMNS = {"instruction": "question", "output": "answer"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_columns_map_a_files_names_onto_a_forms_keys(write, tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    if kind == "csv":
+        write(path.name, "question,answer,output,n\n" + "".join(f"q{i},a{i},another,{i}\n" for i in range(3)))
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(QA), path)
+    else:
+        write(path.name, json.dumps(QA) if kind == "json" else "".join(json.dumps(row) + "\n" for row in QA))
+    file = DataFile(str(path), path)
+    rows = [row for block in read_blocks(file) for _, row in rows_of(block, "a", COLUMNS)]
+    assert [{key: row[key] for key in COLUMNS} for row in rows] == [
+        {"instruction": f"q{i}", "output": f"a{i}"} for i in range(3)
+    ]
+    assert all(set(row) == {"instruction", "output", "n"} for row in rows)
+
+
+def test_columns_may_change_places_and_cells_of_csv_hold_json_by_the_forms_key(write):
+    path = write("a.csv", 'dialog,better,worse\n"[{""role"": ""user"", ""content"": ""q""}]",b,c\n')
+    (block,) = read_blocks(DataFile(path, Path(path)))
+    columns = {"prompt": "dialog", "chosen": "worse", "rejected": "better"}
+    assert list(rows_of(block, "a", columns)) == [
+        (1, {"prompt": [{"role": "user", "content": "q"}], "chosen": "c", "rejected": "b"})
+    ]
+    swapped = Block(1, 1, "rows", [{"chosen": "b", "rejected": "c"}])
+    assert list(rows_of(swapped, "a", {"chosen": "rejected", "rejected": "chosen"})) == [
+        (1, {"chosen": "c", "rejected": "b"})
+    ]

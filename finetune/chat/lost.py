@@ -72,10 +72,13 @@ def _forms(piece: str) -> list[str]:
 def _in_order(pieces: list[str], text: str) -> bool:
     at = 0
     for piece in pieces:
-        form = next((form for form in _forms(piece) if text.find(form, at) >= 0), None)
-        if form is None:
+        start, form = text.find(piece, at), piece
+        if start < 0:
+            form = next((form for form in _forms(piece) if text.find(form, at) >= 0), "")
+            start = text.find(form, at) if form else -1
+        if start < 0:
             return False
-        at = text.find(form, at) + len(form)
+        at = start + len(form)
     return True
 
 

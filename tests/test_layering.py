@@ -65,6 +65,7 @@ LATE = {
         ("evaluate/run.py", "finetune.evaluate.harness"),
         ("model/gguf/package.py", "gguf"),
     },
+    "only answers under a grammar need it": {("serve/protocol.py", "finetune.serve.grammar")},
     "takes hold of the terminal": {("infer/chat.py", "readline")},
     "paddle takes seconds, and is brought up quietly": {
         ("model/runtime.py", "paddle"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -33,13 +33,35 @@ class Output:
     score: float
 
 
+class Progress(Protocol):
+    """How far one answer has come in its grammar."""
+
+    def allow(self, scores: np.ndarray) -> np.ndarray:
+        """Scores [V] with those of tokens that may not come next at minus infinity; a copy."""
+
+    def accept(self, token: int) -> bool:
+        """Go on by a token; whether the answer is whole and nothing can follow."""
+
+
+class Grammar(Protocol):
+    """What answers may look like."""
+
+    def start(self) -> Progress:
+        """At the beginning of an answer."""
+
+
 @dataclass(frozen=True)
 class Request:
-    """A prompt, int64 [L], and what is asked for; `index` is the caller's, to know answers by."""
+    """A prompt, int64 [L], and what is asked for; `index` is the caller's, to know answers by.
+
+    Attributes:
+        grammar: What the answer must be; None leaves it free.
+    """
 
     prompt: np.ndarray
     sampling: Sampling
     index: Any = 0
+    grammar: Grammar | None = None
 
 
 @dataclass
@@ -65,6 +87,7 @@ class Row:
         seed = self.request.sampling.seed
         self._rng = np.random.default_rng(None if seed is None else [seed, self.sample])
         self._counts: dict[int, int] = {}
+        self._progress = None if self.request.grammar is None else self.request.grammar.start()
         self._bias = _bias(self.request.sampling.logit_bias)
         self._sum = 0.0  # of the tokens' logits
         self._sent = 0
@@ -89,6 +112,7 @@ class Row:
             sampling.temperature == 0.0
             and not sampling.penalized
             and not sampling.logit_bias
+            and self._progress is None
             and sampling.logprobs is None
             and len(self.tokens) >= sampling.min_new_tokens
         )
@@ -102,13 +126,23 @@ class Row:
         if self._bias is not None:
             adjusted = adjusted.copy()
             adjusted[self._bias[0]] += self._bias[1]
+        if self._progress is not None:
+            adjusted = self._progress.allow(adjusted)
         if len(self.tokens) < sampling.min_new_tokens:
-            adjusted = adjusted.copy()
-            adjusted[[token for token in self.stop_ids if token < len(scores)]] = -np.inf
+            adjusted = self._without_ends(adjusted)
         token = choose(adjusted, sampling, self._rng)
         if sampling.logprobs is not None:
             self.logprobs.append(token_logprob(scores, token, sampling.logprobs))
         self.accept(token, float(adjusted[token]))
+        if self._progress is not None and self._progress.accept(token) and self.finish_reason != "stop":
+            self.finish_reason = "stop"
+            self.text += self.decoder.finish() if self.decoder is not None else ""
+
+    def _without_ends(self, scores: np.ndarray) -> np.ndarray:
+        """Scores without tokens that would end the row; as they are where nothing else may come."""
+        others = scores.copy()
+        others[[token for token in self.stop_ids if token < len(scores)]] = -np.inf
+        return others if others.max() > -np.inf else scores
 
     def accept(self, token: int, logit: float) -> None:
         """Add a token, and find out whether the row ends with it."""

@@ -221,6 +221,58 @@ def tools(value: Any) -> list[dict[str, Any]]:
     return value
 
 
+def tool_choice(value: Any, given: list[dict[str, Any]]) -> tuple[str, list[dict[str, Any]]]:
+    """Whether tools must be called, and which may be.
+
+    Args:
+        given: The tools of the request.
+
+    Returns:
+        "auto", "none", "required" or "named"; the tools, for "named" those of the name only.
+
+    Raises:
+        ApiError: 400.
+    """
+    name = "tool_choice"
+    if value is None or value in ("auto", "none"):
+        return value or "auto", given
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    chosen = function.get("name") if isinstance(function, dict) else None
+    if value != "required" and not isinstance(chosen, str):
+        wanted = '"auto", "none", "required" or {"type": "function", "function": {"name": "..."}}'
+        raise ApiError(400, f"{name} must be {wanted}.", param=name)
+    if not given:
+        raise ApiError(400, f"{name} asks for a call, and there are no tools.", param=name)
+    if value == "required":
+        return "required", given
+    named = [tool for tool in given if tool["function"]["name"] == chosen]
+    if not named:
+        raise ApiError(400, f"{name} names {shown(str(chosen))}, which is not among the tools.", param=name)
+    return "named", named
+
+
+def response_schema(value: Any) -> dict[str, Any] | bool | None:
+    """The JSON schema that an answer must keep to; None where any text will do.
+
+    Raises:
+        ApiError: 400.
+    """
+    name = "response_format"
+    kind_of = value.get("type") if isinstance(value, dict) else None
+    if value is None or kind_of == "text":
+        return None
+    if kind_of == "json_object":
+        return {"type": "object"}
+    held = value.get("json_schema") if isinstance(value, dict) and kind_of == "json_schema" else None
+    schema = held.get("schema") if isinstance(held, dict) else None
+    if not isinstance(schema, (dict, bool)):
+        wanted = (
+            '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": {...}}}'
+        )
+        raise ApiError(400, f"{name} must be {wanted}.", param=name)
+    return schema
+
+
 def template_variables(value: Any) -> dict[str, Any]:
     """Further variables for the chat template, such as {"enable_thinking": false}.
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,11 +18,14 @@ from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_text
 from finetune.errors import ArgumentError, CheckpointError, DataError, did_you_mean
 from finetune.infer.open import Opened
-from finetune.infer.row import Request
+from finetune.infer.row import Grammar, Request
 from finetune.infer.sampling import MAX_TOP_LOGPROBS, Sampling
 from finetune.rows.formats import parse_row
 from finetune.serve import fields
 from finetune.serve.errors import ApiError, shown
+
+if TYPE_CHECKING:
+    from finetune.serve.grammar import Grammars
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own, for /v1/completions
 _LONGEST_NAME = 64  # of a parameter that is looked up among the known ones
@@ -32,7 +37,6 @@ _HARMLESS = {
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
-    "parallel_tool_calls",
 }
 
 
@@ -78,6 +82,7 @@ class _ChatBody(_Body):
     top_logprobs: int | None = Field(None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}")
     response_format: Any = None
     chat_template_kwargs: Any = None
+    parallel_tool_calls: bool | None = Field(None, description="true or false")
 
 
 class _CompletionBody(_Body):
@@ -133,6 +138,13 @@ class RequestReader:
         self._max_batch, self._max_rows = max_batch, max_batch + max_queue
         self._rendering = threading.Lock()  # a template counts its steps, for one text at a time
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from finetune.serve.grammar import Grammars
+
+        engine = self._opened.engine
+        return Grammars(self._opened.tokenizer, engine.decoder.vocab_size, sorted(engine.stop_token_ids))
+
     def chat(self, raw: Any) -> Plan:
         """Read the body of /v1/chat/completions.
 
@@ -146,12 +158,11 @@ class RequestReader:
             raise ApiError(400, "top_logprobs needs logprobs: true.", param="top_logprobs")
         if body.logprobs:
             logprobs = body.top_logprobs or 0
-        if body.response_format not in (None, {"type": "text"}):
-            raise ApiError(400, "Only the response format text is supported.", param="response_format")
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         sampling = self._sampling(body, getattr(body, limit_name), None, logprobs, limit_name, "top_logprobs")
         ids = self._encode(self._render(body, tools), "messages", add_special_tokens=False)
-        return self._plan(body, [self._request(ids, sampling, "messages")], bool(tools))
+        request = replace(self._request(ids, sampling, "messages"), grammar=self._grammar(body, tools))
+        return self._plan(body, [request], reads_tool_calls=bool(tools))
 
     def completion(self, raw: Any) -> Plan:
         """Read the body of /v1/completions.
@@ -246,14 +257,28 @@ class RequestReader:
         return sampling
 
     def _tools(self, body: _ChatBody) -> list[dict[str, Any]] | None:
-        if body.tool_choice not in (None, "auto", "none"):
-            raise ApiError(400, 'tool_choice must be "auto" or "none".', param="tool_choice")
         tools = fields.tools(body.tools)
-        if not tools or body.tool_choice == "none":
+        choice, _ = fields.tool_choice(body.tool_choice, tools)
+        if not tools or choice == "none":
             return None
         if not self._template_knows_tools(tools):
             raise ApiError(400, "The model's chat template does not know tools.", param="tools")
         return tools
+
+    def _grammar(self, body: _ChatBody, tools: list[dict[str, Any]] | None) -> Grammar | None:
+        """What the answer must be: calls of tools, or JSON."""
+        schema = fields.response_schema(body.response_format)
+        choice, wanted = fields.tool_choice(body.tool_choice, tools or [])
+        if choice in ("required", "named"):
+            several = choice == "required" and body.parallel_tool_calls is not False
+            return self._made("tools", lambda: self._grammars.tool_calls(wanted, several=several))
+        return None if schema is None else self._made("response_format", lambda: self._grammars.json(schema))
+
+    def _made(self, param: str, make: Callable[[], Grammar]) -> Grammar:
+        try:
+            return make()
+        except ArgumentError as error:
+            raise ApiError(400, f"{param}: {error.faults[0].what}. {error.faults[0].fix}", param=param) from error
 
     def _template_knows_tools(self, tools: list[dict[str, Any]] | None) -> bool:
         try:

@@ -90,7 +90,8 @@ def test_a_json_object_is_one_streamed_or_not(client, closing):
 def test_tools_that_must_be_called_are(client, choice):
     names = set()
     for seed in range(16):
-        answer = ask(client, seed=seed, temperature=5, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False).choices[0]
+        settings = {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+        answer = ask(client, seed=seed, temperature=5, **settings).choices[0]
         (call,) = answer.message.tool_calls
         assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
         parameters = TOOLS[0]["function"]["parameters"]

@@ -4,6 +4,8 @@ A job is a JSON file:
 
     model            Hugging Face folder with its tokenizer
     adapter          PEFT folder to go on training; leave out for full fine-tuning
+    quantization     nf4: bitsandbytes' 4 bits, doubly quantized; leave out for float32
+    optim            transformers' name of the optimizer; leave out for adamw_torch
     rows             JSONL file
     output           where the JSON answer goes
     chat_template    Jinja text in place of the tokenizer's
@@ -21,8 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
 def read_jobs() -> list[dict]:
@@ -45,13 +48,32 @@ def load_tokenizer(job: dict):
 
 
 def load_model(job: dict):
-    """The model in float32, under the job's adapter if it has one."""
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    """The model in float32, linear layers in bitsandbytes' nf4 if the job says so, under its adapter if it has one."""
+    quantization = None
+    if job.get("quantization"):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=job["quantization"],
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        job["model"], dtype=torch.float32, quantization_config=quantization, device_map="cpu"
+    )
     if job.get("adapter"):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
     return model
+
+
+def in_float32(model, job: dict) -> None:
+    """Undo what TRL does to the adapter of a quantized model: it rounds it to bfloat16."""
+    if job.get("quantization"):
+        stored = load_file(Path(job["adapter"]) / "adapter_model.safetensors")
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = stored[name.replace(".default", "")].to(torch.float32)
 
 
 def training_arguments(job: dict) -> dict:
@@ -68,7 +90,7 @@ def training_arguments(job: dict) -> dict:
         "weight_decay": job["weight_decay"],
         "max_grad_norm": job["max_grad_norm"],
         "seed": job["seed"],
-        "optim": "adamw_torch",
+        "optim": job.get("optim", "adamw_torch"),
         "adam_beta1": 0.9,
         "adam_beta2": 0.999,
         "adam_epsilon": 1e-8,

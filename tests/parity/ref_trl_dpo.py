@@ -17,7 +17,16 @@ kto_pair and dpop are not in TRL 1.16.
 from __future__ import annotations
 
 from datasets import Dataset
-from ref_common import Recorded, load_model, load_tokenizer, read_jobs, read_rows, training_arguments, write_answer
+from ref_common import (
+    Recorded,
+    in_float32,
+    load_model,
+    load_tokenizer,
+    read_jobs,
+    read_rows,
+    training_arguments,
+    write_answer,
+)
 from trl import DPOConfig, DPOTrainer
 
 
@@ -86,6 +95,7 @@ def run(job: dict) -> None:
     common = {"model": load_model(job), "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
     build = {"simpo": cpo_trainer, "orpo": orpo_trainer}.get(job["loss_type"], dpo_trainer)
     trainer = build(job, common)
+    in_float32(trainer.model, job)
     trainer.train()
     write_answer(job, trainer, examples=[_tokens(example) for example in trainer.train_dataset])
 

@@ -12,7 +12,16 @@ The answer adds `examples`: the token ids and labels TRL made of each row.
 from __future__ import annotations
 
 from datasets import Dataset
-from ref_common import Recorded, load_model, load_tokenizer, read_jobs, read_rows, training_arguments, write_answer
+from ref_common import (
+    Recorded,
+    in_float32,
+    load_model,
+    load_tokenizer,
+    read_jobs,
+    read_rows,
+    training_arguments,
+    write_answer,
+)
 from trl import SFTConfig, SFTTrainer
 
 
@@ -44,6 +53,7 @@ def run(job: dict) -> None:
         model=load_model(job), args=arguments, train_dataset=Dataset.from_list(data), processing_class=tokenizer
     )
     examples = [{"input_ids": e["input_ids"], "labels": e["labels"]} for e in trainer.train_dataset]
+    in_float32(trainer.model, job)
     trainer.train()
     write_answer(job, trainer, examples=examples)
 

@@ -33,11 +33,16 @@ MARKED = CHATML.replace(
     "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
     "{{ message['content'] + '<|im_end|>\n' }}{% endif %}",
 )
+# bitsandbytes' 8-bit codes on CPU are not always the nearest: it looks them up by the first 16 bits of a number. In nf4
+# these are the scales' codes, in its Adam the moments'.
+LOOSER = {"quantization": 3e-4, "optim": 3e-3}
 CASES = {
     "full": {},
     "full_accumulated": {"accumulation": 4},
     "full_untied": {"untied": True},
     "lora": {"lora": True},
+    "qlora": {"lora": True, "quantization": "nf4"},
+    "full_8bit": {"optim": "adamw_bnb_8bit"},
     "lora_accumulated": {"lora": True, "accumulation": 4},
     "all_turns": {"mask": "assistant", "chat_template": MARKED, "accumulation": 4},
     "all_turns_lora": {"mask": "assistant", "chat_template": MARKED, "lora": True},
@@ -92,7 +97,7 @@ def test_every_step_agrees(jobs, answers, name, record_property):
         worst = largest_difference(ours, theirs, key)
         record_property(key, worst)
         print(f"{name}: largest relative difference of {key} {worst:.1e}")
-        assert worst <= RELATIVE
+        assert worst <= max([RELATIVE, *(limit for key, limit in LOOSER.items() if key in found[name])])
     assert [row["learning_rate"] for row in ours] == pytest.approx([row["learning_rate"] for row in theirs], rel=1e-12)
 
 

@@ -39,7 +39,7 @@ help:
 	@echo 'make lint      what ruff finds, and whether it would format anything'
 	@echo 'make types     what mypy finds'
 	@echo 'make quick     the tests that start no training, in a minute and a half'
-	@echo 'make test      make lint, then the whole test suite with the coverage it must reach'
+	@echo 'make test      make check, then the whole test suite with the coverage it must reach'
 	@echo 'make soak      100 kills of training runs, every damage to a checkpoint, 40,000 fuzz cases; about 10 minutes'
 	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
 	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
@@ -64,7 +64,7 @@ types: $(READY)
 quick: $(READY)
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(QUICK)
 
-test: lint
+test: check
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term:skip-covered tests --ignore=tests/parity
 
 soak: $(READY)

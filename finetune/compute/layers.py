@@ -164,7 +164,8 @@ class _LoraLinear(PyLayer):
 
     @staticmethod
     def backward(ctx, grad):
-        return _adapted_backward(grad, *ctx.saved_tensor(), ctx.layer, ctx.x_wants)
+        x, A, B, low = ctx.saved_tensor()
+        return _adapted_backward(grad, x, A, B, low, ctx.layer, ctx.x_wants)
 
 
 class _GatedLoraLinear(PyLayer):

@@ -202,7 +202,7 @@ def thin(values: np.ndarray, most: int = MAX_POINTS) -> np.ndarray:
         return np.arange(len(values))
     edges = np.linspace(0, len(values), most // 2 + 1).astype(np.int64)
     kept = {0, len(values) - 1}
-    for begin, end in pairwise(edges):
+    for begin, end in pairwise(edges.tolist()):
         kept.update((begin + int(values[begin:end].argmin()), begin + int(values[begin:end].argmax())))
     return np.array(sorted(kept), dtype=np.int64)
 

@@ -40,7 +40,7 @@ def own_data(monkeypatch, tmp_path):
 
 def test_a_model_folder_is_whole_and_made_once(own_data, tmp_path):
     folder = folders.make_model(tmp_path / "model", SMALL)
-    assert resolve_model(str(folder)).config["num_hidden_layers"] == 2
+    assert resolve_model(str(folder)).config.num_hidden_layers == 2
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     assert embedding.shape == (416, 32) and embedding.std() == pytest.approx(0.02, rel=0.1)
     (folder / "mark").touch()

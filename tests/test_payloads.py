@@ -188,7 +188,7 @@ def test_a_cached_script_of_a_hub_data_set_does_not_run(tmp_path, marker, tiny_f
         (home / place / "what.py").write_text(f"import os\nos.system('touch {marker}')\n")
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_DATASETS_TRUST_REMOTE_CODE": "1"}
     done = finetune_process("preview", recipe, "data.train=who/what", env=environment)
-    assert done.returncode == 2 and "cannot be loaded from the hub" in done.stderr
+    assert done.returncode == 2 and "it is not in the hub cache" in done.stderr
     assert not marker.exists()
 
 

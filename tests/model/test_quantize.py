@@ -64,7 +64,7 @@ def test_doubly_quantized_scales_are_codes_around_their_mean():
         far = distances(part / nested, dynamic_levels())
         chosen = far[np.arange(len(part)), double.values[start : start + 256]]
         assert (chosen <= far.min(axis=1) + 1e-7).all()
-    assert double.read() == pytest.approx(plain.values, abs=0.0071 * np.abs(centred).max())
+    assert double.read() == pytest.approx(plain.values, abs=0.0071 * float(np.abs(centred).max()))
 
 
 def test_bits_per_number():

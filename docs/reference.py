@@ -270,7 +270,8 @@ _MADE: dict[str, Callable[[Language], str]] = {
     "losses": losses_table,
     "needs": needs_table,
     "rooms": rooms_table,
-} | {f"recipe.{name}": partial(recipe_table, name) for name in schema.SECTIONS}
+    **{f"recipe.{name}": partial(recipe_table, name) for name in schema.SECTIONS},
+}
 _BLOCK = re.compile(r"(?<=<!-- begin )([\w.]+)( -->\n).*?(?=<!-- end \1 -->)", re.DOTALL)
 
 

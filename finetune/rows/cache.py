@@ -248,6 +248,7 @@ def _batch_of(part: Part) -> Any:
     import pyarrow
 
     columns = {"file": pyarrow.array(np.full(len(part), part.file, np.int32)), "number": pyarrow.array(part.numbers)}
+    columns["cut"] = pyarrow.array(part.cut)
     for prefix, side in zip(_SIDES[len(part.sides)], part.sides):
         offsets = pyarrow.array(side.offsets)
         bits = pyarrow.Array.from_buffers(pyarrow.bool_(), len(side.ids), [None, pyarrow.py_buffer(side.supervised)])
@@ -274,4 +275,4 @@ def _part_of(batch: Any) -> Part:
         sides.append(Sequences(ids.values.to_numpy(), packed, ids.offsets.to_numpy(), array(f"{prefix}num_supervised")))
     empty = np.zeros(0, np.int32)
     lengths = (array("prompt_length"), array("header_length")) if pairs else (empty, empty)
-    return Part(int(batch.column("file")[0].as_py()), array("number"), tuple(sides), *lengths)
+    return Part(int(batch.column("file")[0].as_py()), array("number"), tuple(sides), *lengths, array("cut"))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import tokenizers
 
 from finetune import console
@@ -26,7 +27,17 @@ from finetune.rows.datafiles import Source
 from finetune.rows.encode import COUNTS, MAX_NAMED, DataSettings, Encoder, Faults, Named, Result, Settings, Task
 from finetune.rows.inputs import LARGE_BYTES, Inputs, files_of
 from finetune.rows.mix import Mix
-from finetune.rows.table import Dataset, PairDataset, Part, Table, dataset_of
+from finetune.rows.table import (
+    CUT,
+    PROMPT_CUT,
+    RESPONSE_CUT,
+    Dataset,
+    Integers,
+    PairDataset,
+    Part,
+    Table,
+    dataset_of,
+)
 from finetune.rows.workers import encode_all, worker_count
 
 # Room that an entry takes, over the bytes of its files: 4 bytes a token, about as many characters.
@@ -102,6 +113,37 @@ def named_notes(named: dict[str, Named], names: Sequence[str]) -> list[str]:
         some += f" and {rows.count - MAX_NAMED:,} more" if rows.count > MAX_NAMED else ""
         notes.append(f"{_counted(rows.count)} {heading.format(rows=some)}")
     return notes
+
+
+def cut_counts(cut: Integers) -> dict[str, int]:
+    """How many rows were cut, and pairs where: by their names in `DataReport`."""
+    flags = {"truncated": CUT, "prompts_cut": PROMPT_CUT, "responses_cut": RESPONSE_CUT}
+    return {name: int(np.count_nonzero(cut & flag)) for name, flag in flags.items()}
+
+
+def split_report(
+    report: DataReport, train: Dataset | PairDataset, held_out: Dataset | PairDataset, max_length: int
+) -> tuple[DataReport, DataReport]:
+    """What became of the rows of either part. Rows that were left out belong to none, and stay with the first.
+
+    Args:
+        report: Of all rows.
+        train, held_out: The parts of those that were kept.
+        max_length: Tokens, as the rows were cut to.
+    """
+    others = report.notes[len(length_notes(report, max_length)) :]
+    parts = []
+    for rows, read, left_out in (
+        (train, report.read - len(held_out), {"dropped": report.dropped, "unsupervised": report.unsupervised}),
+        (held_out, len(held_out), {"dropped": 0, "unsupervised": 0}),
+    ):
+        tokens, supervised = int(rows.lengths.sum()), int(rows.num_supervised.sum())
+        counts = {"read": read, "kept": len(rows), "tokens": tokens, "supervised_tokens": supervised}
+        part = replace(report, **counts, **cut_counts(rows.cut), **left_out)
+        part.notes = length_notes(part, max_length)
+        parts.append(part)
+    parts[0].notes += others
+    return parts[0], parts[1]
 
 
 def length_notes(report: DataReport, max_length: int) -> list[str]:
@@ -223,8 +265,8 @@ class _Merger:
         for name, count in result.counts.items():
             self.counts[name] += count
         add_named(self.named, result.named)
-        self.faults.add(result.faults.first, result.faults.count)
-        self.too_long.add(result.too_long.first, result.too_long.count)
+        self.faults.join(result.faults)
+        self.too_long.join(result.too_long)
         return [] if result.part is None else [result.part]
 
     def add_error(self, error: DataError) -> None:
@@ -237,10 +279,7 @@ class _Merger:
         faults = self.faults if self.faults.count else self.too_long
         if not faults.count:
             return
-        error = DataError.of(faults.first)
-        if faults.count > len(faults.first):
-            error.args = (f"{error.args[0]}\n{faults.count:,} faults in all; these are the first.",)
-        raise error
+        raise faults.error()
 
     def content(self) -> dict[str, Any]:
         """All of it as JSON values, without the names of files."""
@@ -271,6 +310,7 @@ class _Merger:
             kept=len(dataset),
             tokens=int(dataset.lengths.sum()),
             supervised_tokens=int(dataset.num_supervised.sum()),
+            **cut_counts(dataset.cut),
             files=[FileReport(file.name, rows, sha256) for file, rows, sha256 in read],
         )
         for name, count in self.counts.items():

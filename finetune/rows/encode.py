@@ -27,10 +27,11 @@ from finetune.methods import CONVERSATION, METHODS, PREFERENCE, RowKind, methods
 from finetune.rows.block import Block
 from finetune.rows.formats import Parsed, detect_format, parse_row
 from finetune.rows.sources import rows_of
-from finetune.rows.table import Part
+from finetune.rows.table import CUT, PROMPT_CUT, RESPONSE_CUT, Part
 from finetune.rows.turns import keys_of
 
 MAX_FAULTS = 10
+MAX_ALIKE = 3
 MAX_NAMED = 5
 _BATCH = 1024
 
@@ -100,15 +101,53 @@ class Task:
 
 @dataclass
 class Faults:
-    """Faults of rows in order: all are counted, the first `MAX_FAULTS` kept."""
+    """Faults of rows in order: all are counted, the first `MAX_FAULTS` kept, and `MAX_ALIKE` of those that say the same.
+
+    Attributes:
+        count: All of them.
+        first: Those that are kept.
+        more: How many others say the same as some that are kept, by what they say.
+    """
 
     count: int = 0
     first: list[Fault] = field(default_factory=list)
+    more: dict[tuple[str, str | None], int] = field(default_factory=dict)
 
-    def add(self, faults: Sequence[Fault], count: int = 1) -> None:
-        """Note what is wrong with `count` rows or files."""
-        self.count += count
-        self.first += faults[: MAX_FAULTS - len(self.first)]
+    def add(self, faults: Sequence[Fault]) -> None:
+        """Note what is wrong with a row or a file."""
+        for fault in faults:
+            self.count += 1
+            kind, alike = (fault.what, fault.fix), self._alike(fault.what, fault.fix)
+            if alike < MAX_ALIKE and len(self.first) < MAX_FAULTS:
+                self.first.append(fault)
+            elif alike:
+                self.more[kind] = self.more.get(kind, 0) + 1
+
+    def join(self, others: Faults) -> None:
+        """Note the faults of rows behind these."""
+        self.add(others.first)
+        self.count += others.count - len(others.first)
+        for (what, fix), count in others.more.items():
+            if self._alike(what, fix):
+                self.more[what, fix] = self.more.get((what, fix), 0) + count
+
+    def _alike(self, what: str, fix: str | None) -> int:
+        return sum((fault.what, fault.fix) == (what, fix) for fault in self.first)
+
+    def error(self) -> UserError:
+        """All of them: a line each, and one for a mistake that many rows share."""
+        shown: dict[tuple[str, str | None, str | None], Fault] = {}
+        for fault in self.first:
+            others = self.more.get((fault.what, fault.fix), 0)
+            if not others:
+                shown[fault.what, fault.fix, fault.where] = fault
+                continue
+            count = others + self._alike(fault.what, fault.fix) - 1
+            whole = Fault(fault.what, f"{fault.where} and {count:,} more", fault.fix)
+            shown.setdefault((fault.what, fault.fix, None), whole)
+        told = len(self.first) + sum(self.more.values())
+        rest = f"{self.count:,} faults in all; these are the first." if self.count > told else None
+        return DataError.of(list(shown.values()), rest)
 
 
 @dataclass
@@ -124,7 +163,7 @@ class Named:
         self.first += rows[: MAX_NAMED - len(self.first)]
 
 
-COUNTS = ("truncated", "prompts_cut", "responses_cut", "dropped", "unsupervised")
+COUNTS = ("dropped", "unsupervised")
 
 
 @dataclass
@@ -138,7 +177,7 @@ class Result:
         faults: Of rows that cannot be used.
         too_long: Of rows that are longer than max_length, with overlong: error.
         named: Rows to be told of, by heading.
-        counts: Rows by what happened to them, see `DataReport`.
+        counts: Rows that were left out, by why; see `DataReport`.
         longest: Tokens of the longest row before cutting.
     """
 
@@ -175,6 +214,7 @@ class _Run:
         self.result = Result(form=task.form)
         self.pair = settings.kind == PREFERENCE
         self.numbers: list[int] = []
+        self.cut: dict[int, int] = {}  # by number, of rows that were cut
         self.rows: list[Any] = []
         batch: list[tuple[int, Any]] = []
         size = _BATCH if task.keep is None else min(task.keep, _BATCH)
@@ -194,7 +234,8 @@ class _Run:
                 batch = []
         self._encode(batch)
         if self.rows:
-            self.result.part = Part.of(task.file, self.numbers, self.rows)
+            cut = [self.cut.get(number, 0) for number in self.numbers]
+            self.result.part = Part.of(task.file, self.numbers, self.rows, cut)
 
     def _name(self, number: int) -> str:
         return f"{self.task.name}:{number}"
@@ -322,7 +363,7 @@ class _Run:
         if not _predicted(example):
             self._leave_out("left out because nothing of the responses lies within max_length: {rows}.", number)
             return None
-        self.result.counts["truncated"] += 1
+        self.cut[number] = CUT
         return example
 
     def _take_pair(self, pair: PairExample, number: int) -> PairExample | None:
@@ -339,13 +380,12 @@ class _Run:
                 self._leave_out(f"left out because nothing of the {side} answer is {cut}: {{rows}}.", number)
                 return None
         if pair is not whole:
-            counts = self.result.counts
-            counts["truncated"] += 1
-            counts["prompts_cut"] += len(pair.prompt_ids) < len(whole.prompt_ids)
-            counts["responses_cut"] += any(
+            less = any(
                 getattr(pair, side).num_supervised < getattr(whole, side).num_supervised
                 for side in ("chosen", "rejected")
             )
+            prompt = PROMPT_CUT if len(pair.prompt_ids) < len(whole.prompt_ids) else 0
+            self.cut[number] = CUT | prompt | (RESPONSE_CUT if less else 0)
         return pair
 
     def _may_cut(self, length: int, number: int) -> bool:

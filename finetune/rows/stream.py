@@ -24,7 +24,7 @@ from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, FinetuneError
 from finetune.rows.block import Block
 from finetune.rows.datafiles import DataFile, PlainSource, Source
-from finetune.rows.dataset import DataReport, FileReport, add_named, length_notes, named_notes
+from finetune.rows.dataset import DataReport, FileReport, add_named, cut_counts, length_notes, named_notes
 from finetune.rows.encode import Encoder, Named, Result, Settings, Task
 from finetune.rows.inputs import Inputs
 from finetune.rows.plan import Packs, Step, pack
@@ -181,7 +181,7 @@ class _Maker:
         result = self.encoder.encode(replace(task, form=position.form))
         for faults in (result.faults, result.too_long):
             if faults.count:
-                raise DataError.of(faults.first)
+                raise faults.error()
         packs = Packs.single(0)
         if result.part is not None:
             lengths = dataset_of(Table([result.part], [task.name]), self.settings.encode.kind).lengths
@@ -341,6 +341,8 @@ class RowStream:
             setattr(report, name, getattr(report, name) + count)
         if rows is not None:
             report.kept += len(rows)
+            for name, count in cut_counts(rows.cut).items():
+                setattr(report, name, getattr(report, name) + count)
             report.tokens += int(rows.lengths.sum())
             report.supervised_tokens += int(rows.num_supervised.sum())
         encode = self.settings.encode

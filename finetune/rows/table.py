@@ -54,6 +54,9 @@ class Sequences:
         return Example(ids, np.where(supervised, ids, np.int32(IGNORE)), source)
 
 
+CUT, PROMPT_CUT, RESPONSE_CUT = 1, 2, 4
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows of one file that follow each other.
@@ -64,6 +67,7 @@ class Part:
         sides: One for conversations; chosen and rejected for preferences.
         prompts, headers: int32 [n], tokens of each pair's shared prompt and of the generation header at its end; empty
             for conversations.
+        cut: uint8 [n], what was cut off each row: 0, or CUT with PROMPT_CUT and RESPONSE_CUT of a pair.
     """
 
     file: int
@@ -71,18 +75,21 @@ class Part:
     sides: tuple[Sequences, ...]
     prompts: Integers
     headers: Integers
+    cut: Integers
 
     @classmethod
-    def of(cls, file: int, numbers: Sequence[int], rows: Sequence[Example] | Sequence[PairExample]) -> Part:
+    def of(
+        cls, file: int, numbers: Sequence[int], rows: Sequence[Example] | Sequence[PairExample], cut: Sequence[int]
+    ) -> Part:
         """Join rows, at least one."""
-        places = np.array(numbers, np.int64)
+        places, cuts = np.array(numbers, np.int64), np.array(cut, np.uint8)
         examples = [row for row in rows if isinstance(row, Example)]
         if examples:
-            return cls(file, places, (Sequences.of(examples),), np.zeros(0, np.int32), np.zeros(0, np.int32))
+            return cls(file, places, (Sequences.of(examples),), np.zeros(0, np.int32), np.zeros(0, np.int32), cuts)
         pairs = [row for row in rows if isinstance(row, PairExample)]
         sides = Sequences.of([pair.chosen for pair in pairs]), Sequences.of([pair.rejected for pair in pairs])
         prompts = np.array([len(pair.prompt_ids) for pair in pairs], np.int32)
-        return cls(file, places, sides, prompts, np.array([pair.header_length for pair in pairs], np.int32))
+        return cls(file, places, sides, prompts, np.array([pair.header_length for pair in pairs], np.int32), cuts)
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -121,6 +128,10 @@ class Table:
         """int64 [n], tokens of each row."""
         return self.column(lambda part: np.diff(part.sides[side].offsets))
 
+    def cut(self) -> Integers:
+        """int64 [n], see `Part`."""
+        return self.column(lambda part: part.cut)
+
     def num_supervised(self, side: int) -> Integers:
         """int64 [n], see `Sequences`."""
         return self.column(lambda part: part.sides[side].num_supervised)
@@ -158,12 +169,13 @@ class Dataset(_Selectable[Example]):
     Attributes:
         lengths: int64 [n], tokens of each.
         num_supervised: int64 [n], supervised tokens of each that have a token before them, which is what a loss sums.
+        cut: int64 [n], see `Part`.
     """
 
     def __init__(self, table: Table, order: Integers | None = None):
         self._table = table
         self._order = np.arange(len(table)) if order is None else order
-        self.lengths = table.lengths(0)[self._order]
+        self.lengths, self.cut = table.lengths(0)[self._order], table.cut()[self._order]
         self.num_supervised = table.num_supervised(0)[self._order]
 
     def select(self, indices: Sequence[int] | Integers) -> Dataset:
@@ -182,6 +194,7 @@ class PairDataset(_Selectable[PairExample]):
         lengths: int64 [n], tokens of each pair with the shared prompt counted once.
         num_supervised: int64 [n], supervised tokens of both sides.
         prompt_lengths, chosen_lengths, rejected_lengths: int64 [n]; a side's length includes the prompt.
+        cut: int64 [n], see `Part`.
     """
 
     def __init__(self, table: Table, order: Integers | None = None):
@@ -190,6 +203,7 @@ class PairDataset(_Selectable[PairExample]):
         self.prompt_lengths = table.column(lambda part: part.prompts)[self._order]
         self.chosen_lengths, self.rejected_lengths = (table.lengths(side)[self._order] for side in (0, 1))
         self.lengths = self.chosen_lengths + self.rejected_lengths - self.prompt_lengths
+        self.cut = table.cut()[self._order]
         self.num_supervised = (table.num_supervised(0) + table.num_supervised(1))[self._order]
 
     def select(self, indices: Sequence[int] | Integers) -> PairDataset:

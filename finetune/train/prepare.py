@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from finetune.chat.tokenizer import Tokenizer
 from finetune.methods import METHODS
 from finetune.model.resolve import ModelSource
 from finetune.model.runtime import dtype_on, gpu_count
-from finetune.rows.dataset import DataReport, build_dataset, mixed
+from finetune.rows.dataset import DataReport, build_dataset, mixed, split_report
 from finetune.rows.encode import Settings
 from finetune.rows.mix import Mix
 from finetune.rows.mixstream import open_stream
@@ -104,8 +104,8 @@ def prepare(settled: Settled, rank: int = 0) -> Prepared:
         report.notes.append("1 row is trained on and not evaluated: data.eval_fraction takes effect from 2 rows on.")
     elif data.eval_fraction:
         train, rows = split_dataset(train, data.eval_fraction, training.seed)
-        held_out = RowSet(rows, _share(report, rows, notes=[]), _packs(rows, recipe))
-        report = _share(report, train, notes=report.notes)
+        report, other = split_report(report, train, rows, data.max_length)
+        held_out = RowSet(rows, other, _packs(rows, recipe))
     mix = mixed(train, data.train, report)
     packs = _packs(train, recipe, mix)
     plan = plan_steps(
@@ -197,12 +197,6 @@ def _build(recipe: Recipe, tokenizer: Tokenizer, sources: Sequence[Source], titl
         return build_dataset(sources, tokenizer, data=recipe.data, method=recipe.method, progress=advance)
 
 
-def _share(report: DataReport, part: Any, notes: list[str]) -> DataReport:
-    """The report of a part of the rows read."""
-    tokens, supervised = int(part.lengths.sum()), int(part.num_supervised.sum())
-    return replace(report, kept=len(part), tokens=tokens, supervised_tokens=supervised, notes=notes)
-
-
 def _packs(dataset: Any, recipe: Recipe, mix: Mix | None = None) -> Packs:
     """Units of the data order: rows, or packs of those of a mix's first epoch, where there is one."""
     if not recipe.data.packing:
@@ -264,7 +258,7 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
                 "tokens per epoch",
                 _epoch_tokens(prepared, known) if known else None,
             ),
-            ("evaluation rows", None if prepared.eval is None else len(prepared.eval.rows)),
+            ("evaluation rows", None if prepared.eval is None else _rows(prepared.eval.report)),
             ("steps", f"{steps}, {per_step}"),
             ("resumed after step", resumed_at or None),
             (
@@ -274,8 +268,10 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
             ("output", training.output_dir),
         ],
     )
-    for note in report.notes + (prepared.eval.report.notes if prepared.eval else []):
+    for note in report.notes:
         console.warn(note)
+    for note in prepared.eval.report.notes if prepared.eval else []:
+        console.warn(f"evaluation: {note}")
 
 
 def _epoch_tokens(prepared: Prepared, plan: EpochPlan) -> str:

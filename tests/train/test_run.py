@@ -15,6 +15,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from finetune.chat.tokenizer import Tokenizer
+from finetune.recipe.load import load_recipe
+from finetune.rows.dataset import build_dataset
+from finetune.rows.table import split_dataset
 from tests.runs import WORDS, finetune, finetune_process, metrics, steps, write_recipe, write_rows
 from tests.tiny import tiny_model, tiny_weights, write_weights
 
@@ -313,3 +317,18 @@ def test_one_row_is_trained_on_although_a_share_was_to_be_evaluated_on(tmp_path,
     best = ("training.load_best_model_at_end=true", "training.resume_from_checkpoint=never")
     assert finetune("train", recipe, "data.eval_fraction=0.1", *best) == 2
     assert "1 row cannot be split" in capfd.readouterr().err
+
+
+def test_what_is_cut_is_counted_for_each_part(tmp_path, tiny_folder):
+    """Each part's own rows, held against what `preview` shows of all of them uncut."""
+    recipe = write_recipe(tmp_path, tiny_folder, max_steps=1)
+    assert finetune("train", recipe, "data.eval_fraction=0.4", "data.max_length=60") == 0
+    data = json.loads((tmp_path / "run" / "manifest.json").read_text())["data"]
+    tokenizer = Tokenizer.from_folder(tiny_folder)
+    settings = load_recipe(recipe).data
+    rows, _ = build_dataset(settings.train, tokenizer, data=settings, method="sft")
+    kept, held_out = split_dataset(rows, 0.4, 42)
+    for part, dataset in (("train", kept), ("eval", held_out)):
+        assert data[part]["truncated"] == sum(dataset.lengths > 60) > 0
+        assert data[part]["read"] == data[part]["kept"] == len(dataset)
+        assert f"{data[part]['truncated']} row" in data[part]["notes"][0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 _NEAR = 0.66  # of difflib's ratio: two letters that changed places in a word of three
 _LONGEST = 100  # characters of a word that are looked at: the search takes time by the square of its length
@@ -43,6 +44,9 @@ class FinetuneError(Exception):
         super().__init__(str(self.faults[0]))
 
 
+AnyUserError = TypeVar("AnyUserError", bound="UserError")
+
+
 class UserError(FinetuneError):
     """The user's input is wrong. The exit code of the command is 2."""
 
@@ -50,7 +54,7 @@ class UserError(FinetuneError):
     advice: str | None = None
 
     @classmethod
-    def of(cls, faults: list[Fault], advice: str | None = None) -> UserError:
+    def of(cls: type[AnyUserError], faults: list[Fault], advice: str | None = None) -> AnyUserError:
         """Make one error of several faults, one line each.
 
         Args:

@@ -160,7 +160,7 @@ class Decoder:
         slots = paddle.to_tensor((stretch * cache.capacity + positions[:, :, None]).reshape(-1))
         seen = cache.capacity if width == 1 else capacity_for(int(positions.max()) + 1)
         mask, where = self._mask(positions, seen), paddle.to_tensor(positions)
-        hidden = F.embedding(paddle.to_tensor(ids), self.body.embed_tokens.weight)
+        hidden = self.body.embed_tokens(paddle.to_tensor(ids))
         groups = self.heads // self.kv_heads
         q_shape = [rows, self.kv_heads, groups, self.head_dim]
         q_shape = q_shape if width == 1 else [rows, width, *q_shape[1:]]

@@ -10,10 +10,11 @@ import numpy as np
 
 from finetune.compute import cpu
 from finetune.compute.attention import context_of
-from finetune.compute.layers import prepare_layers
+from finetune.compute.layers import given, prepare_layers, wants
 from finetune.compute.layout import Layout
 from finetune.compute.limits import CHUNK_ELEMENTS
 from finetune.model.build import body_of, causal_lm
+from finetune.model.lora_layers import LoraHead
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
@@ -32,10 +33,9 @@ def token_logps(model, layout: Layout) -> paddle.Tensor:
     Returns:
         float32 [N], nats, in the order of `layout.targets`.
     """
-    hidden = _scored_hidden(model, layout)
-    head = causal_lm(model).lm_head
+    hidden, (weight, transpose) = _scored_hidden(model, layout), _head(model)
     targets = paddle.to_tensor(layout.targets)
-    return HeadLogps.apply(hidden, head.weight, targets, head.transpose_y, not hidden.stop_gradient)
+    return HeadLogps.apply(hidden, weight, targets, transpose, _wants(hidden, weight))
 
 
 def total_nll(model, layout: Layout) -> paddle.Tensor:
@@ -44,24 +44,33 @@ def total_nll(model, layout: Layout) -> paddle.Tensor:
     Cheaper than that where a gradient is wanted: since each token has the same weight, the gradient of the logits is
     known in the forward pass, and the head is not computed twice.
     """
-    hidden = _scored_hidden(model, layout)
-    head = causal_lm(model).lm_head
+    hidden, (weight, transpose) = _scored_hidden(model, layout), _head(model)
     targets = paddle.to_tensor(layout.targets)
-    return HeadNll.apply(hidden, head.weight, targets, head.transpose_y, not hidden.stop_gradient)
+    return HeadNll.apply(hidden, weight, targets, transpose, _wants(hidden, weight))
 
 
 def score_tokens(model, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """As `token_logps`, without gradient: float32 [N], and whether each scored token is the likeliest, bool [N]."""
     with paddle.no_grad():
-        hidden = _scored_hidden(model, layout)
-        head = causal_lm(model).lm_head
+        hidden, (weight, transpose) = _scored_hidden(model, layout), _head(model)
         logps, greedy = [], []
-        for start, stop in _chunks(hidden, head.weight, head.transpose_y):
+        for start, stop in _chunks(hidden, weight, transpose):
             targets = paddle.to_tensor(layout.targets[start:stop])
-            logits = _logits(hidden[start:stop], head.weight, head.transpose_y)
+            logits = _logits(hidden[start:stop], weight, transpose)
             greedy.append((logits.argmax(axis=-1) == targets).numpy())
             logps.append(_target_logps(logits, targets).numpy())
     return np.concatenate(logps), np.concatenate(greedy)
+
+
+def _head(model) -> tuple[paddle.Tensor, bool]:
+    """What hidden states are multiplied with, and whether it is [vocab, hidden]; the gradient goes through it."""
+    head = causal_lm(model).lm_head
+    return head.product() if isinstance(head, LoraHead) else head.weight, head.transpose_y
+
+
+def _wants(hidden, weight) -> bool:
+    """Whether a gradient is to come."""
+    return paddle.is_grad_enabled() and not (hidden.stop_gradient and weight.stop_gradient)
 
 
 def _scored_hidden(model, layout: Layout) -> paddle.Tensor:
@@ -101,6 +110,7 @@ class HeadLogps(PyLayer):
     def forward(ctx, hidden, weight, targets, transpose, with_gradient):
         """hidden [N, H], weight [V, H] (transpose) or [H, V], targets int64 [N] -> float32 [N]."""
         ctx.transpose, ctx.trained = transpose, with_gradient and not weight.stop_gradient
+        ctx.wants = wants(hidden, weight)
         ahead = with_gradient and not ctx.trained
         gradients = _HeadGradients(hidden, weight, transpose, trained=False)
         out = []
@@ -127,7 +137,7 @@ class HeadLogps(PyLayer):
         for start, stop in _chunks(hidden, weight, ctx.transpose):
             logits = _logits(hidden[start:stop], weight, ctx.transpose)
             gradients.add(hidden[start:stop], _logps_to_gradient(logits, targets[start:stop], grad[start:stop]))
-        return gradients.of_hidden(), gradients.of_weight
+        return given(ctx.wants, gradients.of_hidden(), gradients.of_weight)
 
 
 class HeadNll(PyLayer):
@@ -151,7 +161,7 @@ class HeadNll(PyLayer):
             nll, d_logits = _nll_to_gradient(logits, index)
             total += nll.sum()
             gradients.add(rows, d_logits)
-        ctx.trained = trained
+        ctx.trained, ctx.wants = trained, wants(hidden, weight)
         if with_gradient:
             ctx.save_for_backward(gradients.of_hidden(), gradients.of_weight)
         return total
@@ -161,7 +171,7 @@ class HeadNll(PyLayer):
         """grad float32 scalar -> gradients of hidden and, where it is trained, of weight."""
         grad_hidden, grad_weight = ctx.saved_tensor()
         scaled = grad_hidden * grad.astype(grad_hidden.dtype)
-        return scaled, grad_weight.scale_(float(grad)) if ctx.trained else None
+        return given(ctx.wants, scaled, grad_weight.scale_(float(grad)) if ctx.trained else None)
 
 
 class _HeadGradients:

@@ -39,7 +39,7 @@ def prepare_layers(lm) -> None:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.forward = partial(rms_norm, norm)
     for module in lm.sublayers():
-        if isinstance(module, LoRALinear):
+        if type(module) is LoRALinear:
             module.forward = partial(lora_linear, module)
         elif isinstance(module, paddle.nn.Linear) and frozen_of(module.weight) is not None:
             module.forward = partial(frozen.frozen_linear, module)
@@ -145,8 +145,10 @@ def lora_linear(layer, x):
 
 
 def _is_plain(layer) -> bool:
-    """Whether an adapter is at work, without dropout."""
-    return not (layer.disable_lora or layer.merged or isinstance(layer.lora_dropout, paddle.nn.Dropout))
+    """Whether an adapter of the common kind is at work: without dropout, and nothing else of the layer is trained."""
+    idle = layer.disable_lora or layer.merged or isinstance(layer.lora_dropout, paddle.nn.Dropout)
+    bias_rests = layer.bias is None or layer.bias.stop_gradient
+    return type(layer) is LoRALinear and bias_rests and not idle
 
 
 class _LoraLinear(PyLayer):

@@ -14,14 +14,14 @@ from finetune.errors import ArgumentError, FinetuneError
 from finetune.export.formats import FORMATS
 from finetune.export.gguf import write_gguf
 from finetune.files import check_new, new_folder, write_json
-from finetune.model.adapters import peft_config
+from finetune.model.adapted import adapted, open_adapter, short_names, stored_weights
+from finetune.model.adapter_config import peft_config
 from finetune.model.config import DTYPES
 from finetune.model.convert import peft_name
 from finetune.model.family import EMBEDDING
 from finetune.model.pickled import unpickled
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import write_tensors
-from finetune.model.weights import open_adapter, short_names, stored_weights
 from finetune.model.write import Companions, promise, read_companions, write_companions, write_hf, write_paddle
 
 _WRITERS = {"hf": write_hf, "paddle": write_paddle}  # of whole models; peft and gguf have their own ways below
@@ -142,11 +142,9 @@ def _write_peft(source: ModelSource, folder: Path, dtype: str) -> Written:
     (adapter, settings), base = open_adapter(source), source.base or source
     if dtype == "auto":
         dtype = next(iter(adapter.values())).dtype.name
-    tensors = {}
-    for name, weight in adapter.items():
-        module, _, part = name.rpartition(".")
-        tensors[peft_name(module, part)] = promise(weight, name, dtype)
-    targets = short_names([name.rpartition(".")[0] for name in adapter if name.endswith("A")], source.config.linears)
+    modules = adapted(adapter)
+    tensors = {peft_name(name, modules): promise(weight, name, dtype) for name, weight in adapter.items()}
+    targets = short_names(modules, source.config.adaptable)
     with new_folder(folder) as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})
         write_json(partial / "adapter_config.json", peft_config(settings, base.hub_or_folder, targets))

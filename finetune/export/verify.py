@@ -14,10 +14,10 @@ import paddle
 
 from finetune.export.formats import QUANTIZED
 from finetune.export.gguf import as_stored
+from finetune.model.adapted import stored_weights
 from finetune.model.build import build_model, fill
 from finetune.model.load import load_model
 from finetune.model.resolve import ModelSource
-from finetune.model.weights import stored_weights
 
 PROMPTS, LENGTH = 4, 32
 

@@ -151,12 +151,21 @@ class Architecture:
 
     @cached_property
     def linears(self) -> Mapping[str, Linear]:
-        """The Linear modules of all layers; an adapter may target them."""
+        """The Linear modules of all layers."""
         layer = self.layer_linears()
         return {
             f"{LAYERS}.{number}.{name}": linear
             for number in range(self.num_hidden_layers)
             for name, linear in layer.items()
+        }
+
+    @cached_property
+    def adaptable(self) -> Mapping[str, Linear]:
+        """The modules that an adapter may target: the embedding reads a one of vocab_size inputs, so it is one too."""
+        return {
+            EMBEDDING: Linear(self.vocab_size, self.hidden_size),
+            **self.linears,
+            HEAD: Linear(self.hidden_size, self.vocab_size),
         }
 
     @cached_property
@@ -248,9 +257,7 @@ class Qwen2(Architecture):
 
 FAMILIES: dict[str, type[Architecture]] = {family.MODEL_TYPE: family for family in (Qwen2,)}
 # Last names of the modules that an adapter may target, of all families.
-ADAPTABLE = tuple(
-    dict.fromkeys(name.rpartition(".")[2] for family in FAMILIES.values() for name in family().layer_linears())
-)
+ADAPTABLE = tuple(dict.fromkeys(name.rpartition(".")[2] for family in FAMILIES.values() for name in family().adaptable))
 
 
 def supported() -> str:

@@ -6,7 +6,7 @@ error, never a warning.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.model.runtime import paddle as _bring_up
@@ -50,6 +50,7 @@ def load_model(
     dtype: str = "auto",
     training: bool = False,
     quantization: Quantization | None = None,
+    untied: bool = False,
 ) -> LoadedModel:
     """Load a model, or an adapter attached to (not merged into) its base.
 
@@ -61,6 +62,7 @@ def load_model(
         dtype: Of the weights in memory: auto (bfloat16 on GPU, float32 on CPU), float32, bfloat16, float16.
         training: Leave the model in training mode; dropout is on then.
         quantization: Keep the linear layers of the decoder so; an adapter beside them stays as it is.
+        untied: Give a model whose head is its embedding a head of its own, equal to it.
 
     Raises:
         CheckpointError: the folder does not hold what its config says.
@@ -70,10 +72,11 @@ def load_model(
     dtype = resolve_dtype(dtype)
     base = source.base or source
     with paddle.utils.unique_name.guard():
-        weights = base_weights(base)
-        model = build_model(base.config, dtype)
+        config = replace(source.config, tie_word_embeddings=False) if untied else source.config
+        weights = base_weights(base, config)
+        model = build_model(config, dtype)
         fill(model, weights, quantization)
         if source.kind == "adapter":
             model = attach_adapter(model, source)
     model.train() if training else model.eval()
-    return LoadedModel(model, source.config, source, source.lora, dtype)
+    return LoadedModel(model, config, source, source.lora, dtype)

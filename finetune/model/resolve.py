@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.errors import CheckpointError, did_you_mean
 from finetune.files import read_json
-from finetune.model.adapters import LoraSettings, parse_paddle_config, parse_peft_config
+from finetune.model.adapter_config import parse_paddle_config, parse_peft_config
+from finetune.model.adapters import LoraSettings
 from finetune.model.config import read_config
-from finetune.model.family import Architecture
+from finetune.model.convert import parse_adapter_name
+from finetune.model.family import EMBEDDING, FAMILIES, HEAD, Architecture
 from finetune.model.gguf.container import parts_of
 from finetune.model.gguf.describe import companions
 from finetune.model.gguf.package import gguf_package
@@ -35,7 +37,7 @@ class ModelSource:
         kind: `hf` or `paddle` (a whole model in that layout), or `adapter`.
         folder: Where its files are.
         base: The model an adapter belongs to; None for a whole model.
-        config: The model's description; of the base for an adapter.
+        config: The model's description; of the base under its adapter for one.
         name: What the user called it.
         layout: `hf`, `paddle` or `gguf`; for an adapter `peft` or `paddle`.
         stem: Name of the tensor file or index, before `.safetensors`.
@@ -195,7 +197,17 @@ def _adapter(folder: Path, name: str, config_file: str, stems: tuple[str, ...], 
         fix = f'Write the base model into {config_file}: "base_model_name_or_path": "<hub id or folder>".'
         raise CheckpointError("does not say which model it belongs to", where=str(path), fix=fix)
     base = _base(_at_revision(base_name, raw.get("revision")), folder, path)
-    return ModelSource("adapter", folder, base, base.config, name, layout, stem, settings, base_name)
+    config = _under(base.config, folder, stem, layout)
+    return ModelSource("adapter", folder, base, config, name, layout, stem, settings, base_name)
+
+
+def _under(config: Architecture, folder: Path, stem: str, layout: str) -> Architecture:
+    """The base's description under an adapter: with a part of its own for one of them, embedding and head are two."""
+    if not config.tie_word_embeddings:
+        return config
+    parsed = [parse_adapter_name(config, name, layout) for name in TensorFolder(folder, stem).entries]
+    ends = any(part and part[0] in (EMBEDDING, HEAD) for part in parsed)
+    return replace(config, tie_word_embeddings=False) if ends else config
 
 
 def _at_revision(base_name: str, revision: object) -> str:
@@ -242,7 +254,8 @@ def _layout(folder: Path, stem: str) -> str:
         names = read_json(index).get("weight_map")
     else:
         names = TensorFolder(folder, stem).entries
-    return "paddle" if isinstance(names, dict) and any(name.startswith("qwen2.") for name in names) else "hf"
+    bodies = tuple(f"{family.PADDLE_BODY}." for family in FAMILIES.values())
+    return "paddle" if isinstance(names, dict) and any(name.startswith(bodies) for name in names) else "hf"
 
 
 def _other_steps(steps: Path) -> str:

@@ -14,11 +14,11 @@ from paddlenlp.peft.lora import LoRAModel
 
 from finetune.errors import ArgumentError
 from finetune.files import new_folder, write_json
-from finetune.model.adapters import peft_config
+from finetune.model.adapted import short_names
+from finetune.model.adapter_config import peft_config
 from finetune.model.build import config_of, dtype_of, model_weights
 from finetune.model.lora import adapter_state, lora_layers
 from finetune.model.tensorfile import Promise, write_tensors
-from finetune.model.weights import short_names
 from finetune.model.write import Companions, write_companions, write_hf, write_paddle
 
 
@@ -51,7 +51,7 @@ def save_peft(model: LoRAModel, folder: str | Path, *, base: str, tokenizer: Pat
     """
     names = list(lora_layers(model))
     config = config_of(model)
-    targets = short_names(names, config.linears)
+    targets = short_names(names, config.adaptable)
     tensors = {name: Promise.of(array) for name, array in adapter_state(model).items()}
     with new_folder(Path(folder)) as partial:
         write_tensors(partial / "adapter_model.safetensors", tensors, {"format": "pt"})

@@ -32,3 +32,10 @@ def as_numpy(tensor: paddle.Tensor) -> Array:
     """The tensor as a numpy array, bfloat16 as ml_dtypes' and not as uint16."""
     array: Array = tensor.numpy()
     return array.view(numpy_dtype("bfloat16")) if tensor.dtype == paddle.bfloat16 else array
+
+
+def copy_of(parameter: paddle.Tensor) -> paddle.Tensor:
+    """A constant copy that can take the parameter's place in its layer."""
+    copy = parameter.detach().clone()
+    copy.is_distributed = getattr(parameter, "is_distributed", False)  # PaddleNLP's head asks for it
+    return copy

@@ -85,10 +85,10 @@ def _quantization_rules(recipe: Recipe) -> Iterator[Clash]:
             f"model.quantization is {kind}, but without a lora section all weights are trained",
             "Add a lora section, or remove model.quantization.",
         )
-    elif recipe.lora.variant == "pissa":
+    elif recipe.lora.variant in ("pissa", "dora"):
         yield Clash(
             ("lora.variant", "model.quantization"),
-            f"lora.variant is pissa, which changes the weights, but model.quantization is {kind}, which keeps codes",
+            f"lora.variant is {recipe.lora.variant}, which needs whole weights, but model.quantization is {kind}",
             "Use another lora.variant, or remove model.quantization.",
         )
 
@@ -107,6 +107,20 @@ def _lora_rules(recipe: Recipe) -> Iterator[Clash]:
                 )
         if len(set(lora.target_modules)) < len(lora.target_modules):
             yield Clash(("lora.target_modules",), "lora.target_modules names a module twice", "Name each once.")
+    if "lm_head" in lora.target_modules and lora.dropout > 0:
+        yield Clash(
+            ("lora.dropout", "lora.target_modules"),
+            f"lora.dropout is {lora.dropout}, which an adapter of lm_head does not take",
+            "Set lora.dropout to 0 or leave lm_head out.",
+        )
+    for name in lora.modules_to_save:
+        if lora.modules_to_save.count(name) > 1 or name in lora.target_modules:
+            yield Clash(
+                ("lora.modules_to_save", "lora.target_modules"),
+                f"lora.modules_to_save names {name}, which is named elsewhere too",
+                "Name a module once: trained in full, or with an adapter.",
+            )
+            break
     if lora.variant == "pissa" and lora.dropout > 0:
         yield Clash(
             ("lora.dropout", "lora.variant"),

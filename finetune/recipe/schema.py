@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from finetune.compute.losses import LOSSES, LossOptions
 from finetune.methods import METHODS
-from finetune.model.adapters import LORA_PLUS_RATIO, Variant
+from finetune.model.adapters import LORA_PLUS_RATIO, LoraSettings, Variant
 from finetune.rows.formats import FORMS
 
 Text = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -67,12 +67,14 @@ class LoraSection(Section):
     Attributes:
         rank: Inner dimension of the adapter.
         alpha: The update is scaled by alpha / rank (`rslora`: alpha / sqrt(rank)).
-        dropout: On the adapter's input, in training. 0 for `pissa`.
-        target_modules: Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
+        dropout: On the adapter's input, in training. 0 for `pissa`, and with lm_head among target_modules.
+        target_modules: Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (these are `all-linear`),
+            embed_tokens, lm_head.
         variant: `lora_plus` trains B with a higher rate than A; `pissa` starts from the principal components of the
-            weights.
+            weights; `dora` learns the length of each output's weights apart from their direction.
         loraplus_lr_ratio: Rate of B over rate of A, for `lora_plus` only (Hayou et al. 2024, arXiv:2402.12354); there
             16 when not given.
+        modules_to_save: Of embed_tokens, lm_head: trained in full beside the adapter, as PEFT does.
     """
 
     rank: Annotated[int, Field(ge=1, le=4096)] = 16
@@ -81,6 +83,19 @@ class LoraSection(Section):
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1, max_length=64)] = "all-linear"
     variant: Variant = "lora"
     loraplus_lr_ratio: Annotated[float, Field(gt=0, le=1e4)] | None = None
+    modules_to_save: Annotated[list[Literal["embed_tokens", "lm_head"]], Field(max_length=2)] = []
+
+    def settings(self) -> LoraSettings:
+        """The section as the model package takes it."""
+        return LoraSettings(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            target_modules=self.target_modules if isinstance(self.target_modules, str) else tuple(self.target_modules),
+            variant=self.variant,
+            lora_plus_ratio=self.loraplus_lr_ratio or 1.0,
+            modules_to_save=tuple(self.modules_to_save),
+        )
 
     @model_validator(mode="before")
     @classmethod

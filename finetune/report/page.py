@@ -30,7 +30,7 @@ MAX_SAMPLE_CHARS = 1200
 MAX_FILES = 100
 MAX_RECIPE_CHARS = 40_000
 
-VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "lora_plus": "LoRA+", "pissa": "PiSSA"}
+VARIANTS = {"lora": "LoRA", "rslora": "rsLoRA", "lora_plus": "LoRA+", "pissa": "PiSSA", "dora": "DoRA"}
 
 COUNT_NAMES = {"unsupervised": "without a supervised token", "longest": "tokens of the longest row"}
 ALWAYS_COUNTED = ("read", "kept", "truncated", "dropped")

@@ -274,5 +274,5 @@ def _part_of(batch: Any) -> Part:
         packed = np.frombuffer(bits.values.buffers()[1], np.uint8)
         sides.append(Sequences(ids.values.to_numpy(), packed, ids.offsets.to_numpy(), array(f"{prefix}num_supervised")))
     empty = np.zeros(0, np.int32)
-    lengths = (array("prompt_length"), array("header_length")) if pairs else (empty, empty)
-    return Part(int(batch.column("file")[0].as_py()), array("number"), tuple(sides), *lengths, array("cut"))
+    prompts, headers = (array("prompt_length"), array("header_length")) if pairs else (empty, empty)
+    return Part(int(batch.column("file")[0].as_py()), array("number"), tuple(sides), prompts, headers, array("cut"))

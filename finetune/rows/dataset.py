@@ -32,7 +32,6 @@ from finetune.rows.table import (
     PROMPT_CUT,
     RESPONSE_CUT,
     Dataset,
-    Integers,
     PairDataset,
     Part,
     Table,
@@ -90,6 +89,16 @@ class DataReport:
     files: list[FileReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def add(self, rows: Dataset | PairDataset) -> None:
+        """Count rows that were kept."""
+        self.kept += len(rows)
+        self.tokens += int(rows.lengths.sum())
+        self.supervised_tokens += int(rows.num_supervised.sum())
+        cuts, prompts, responses = (int(np.count_nonzero(rows.cut & flag)) for flag in (CUT, PROMPT_CUT, RESPONSE_CUT))
+        self.truncated += cuts
+        self.prompts_cut += prompts
+        self.responses_cut += responses
+
     def to_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return asdict(self)
@@ -115,12 +124,6 @@ def named_notes(named: dict[str, Named], names: Sequence[str]) -> list[str]:
     return notes
 
 
-def cut_counts(cut: Integers) -> dict[str, int]:
-    """How many rows were cut, and pairs where: by their names in `DataReport`."""
-    flags = {"truncated": CUT, "prompts_cut": PROMPT_CUT, "responses_cut": RESPONSE_CUT}
-    return {name: int(np.count_nonzero(cut & flag)) for name, flag in flags.items()}
-
-
 def split_report(
     report: DataReport, train: Dataset | PairDataset, held_out: Dataset | PairDataset, max_length: int
 ) -> tuple[DataReport, DataReport]:
@@ -133,13 +136,14 @@ def split_report(
     """
     others = report.notes[len(length_notes(report, max_length)) :]
     parts = []
-    for rows, read, left_out in (
-        (train, report.read - len(held_out), {"dropped": report.dropped, "unsupervised": report.unsupervised}),
-        (held_out, len(held_out), {"dropped": 0, "unsupervised": 0}),
+    for rows, read, dropped, unsupervised in (
+        (train, report.read - len(held_out), report.dropped, report.unsupervised),
+        (held_out, len(held_out), 0, 0),
     ):
-        tokens, supervised = int(rows.lengths.sum()), int(rows.num_supervised.sum())
-        counts = {"read": read, "kept": len(rows), "tokens": tokens, "supervised_tokens": supervised}
-        part = replace(report, **counts, **cut_counts(rows.cut), **left_out)
+        part = DataReport(
+            read=read, dropped=dropped, unsupervised=unsupervised, longest=report.longest, files=report.files
+        )
+        part.add(rows)
         part.notes = length_notes(part, max_length)
         parts.append(part)
     parts[0].notes += others
@@ -307,12 +311,9 @@ class _Merger:
         read = [(files[i], rows, files[i].sha256() if hashes is None else hashes[i]) for i, rows in self.rows.items()]
         report = DataReport(
             read=sum(self.rows.values()),
-            kept=len(dataset),
-            tokens=int(dataset.lengths.sum()),
-            supervised_tokens=int(dataset.num_supervised.sum()),
-            **cut_counts(dataset.cut),
             files=[FileReport(file.name, rows, sha256) for file, rows, sha256 in read],
         )
+        report.add(dataset)
         for name, count in self.counts.items():
             setattr(report, name, count)
         report.notes = length_notes(report, self.settings.max_length)

@@ -101,7 +101,7 @@ class Task:
 
 @dataclass
 class Faults:
-    """Faults of rows in order: all are counted, the first `MAX_FAULTS` kept, and `MAX_ALIKE` of those that say the same.
+    """Faults of rows in order: all are counted, the first `MAX_FAULTS` kept, of those that say the same `MAX_ALIKE`.
 
     Attributes:
         count: All of them.
@@ -134,7 +134,7 @@ class Faults:
     def _alike(self, what: str, fix: str | None) -> int:
         return sum((fault.what, fault.fix) == (what, fix) for fault in self.first)
 
-    def error(self) -> UserError:
+    def error(self) -> DataError:
         """All of them: a line each, and one for a mistake that many rows share."""
         shown: dict[tuple[str, str | None, str | None], Fault] = {}
         for fault in self.first:

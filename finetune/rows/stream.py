@@ -24,7 +24,7 @@ from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, FinetuneError
 from finetune.rows.block import Block
 from finetune.rows.datafiles import DataFile, PlainSource, Source
-from finetune.rows.dataset import DataReport, FileReport, add_named, cut_counts, length_notes, named_notes
+from finetune.rows.dataset import DataReport, FileReport, add_named, length_notes, named_notes
 from finetune.rows.encode import Encoder, Named, Result, Settings, Task
 from finetune.rows.inputs import Inputs
 from finetune.rows.plan import Packs, Step, pack
@@ -340,11 +340,7 @@ class RowStream:
         for name, count in result.counts.items():
             setattr(report, name, getattr(report, name) + count)
         if rows is not None:
-            report.kept += len(rows)
-            for name, count in cut_counts(rows.cut).items():
-                setattr(report, name, getattr(report, name) + count)
-            report.tokens += int(rows.lengths.sum())
-            report.supervised_tokens += int(rows.num_supervised.sum())
+            report.add(rows)
         encode = self.settings.encode
         add_named(self._named, result.named)
         report.notes = length_notes(report, encode.max_length) + named_notes(self._named, self.files)

@@ -75,7 +75,7 @@ class Part:
     sides: tuple[Sequences, ...]
     prompts: Integers
     headers: Integers
-    cut: Integers
+    cut: npt.NDArray[np.uint8]
 
     @classmethod
     def of(
@@ -116,9 +116,10 @@ class Table:
         part, index = self.parts[at], place - int(self._starts[at])
         return part, index, f"{self.files[part.file]}:{part.numbers[index]}"
 
-    def column(self, of_part: Callable[[Part], Integers]) -> Integers:
+    def column(self, of_part: Callable[[Part], Integers | npt.NDArray[np.uint8]]) -> Integers:
         """An array of every part, joined, int64."""
-        return np.concatenate([np.zeros(0, np.int64), *map(of_part, self.parts)]).astype(np.int64, copy=False)
+        parts = [of_part(part).astype(np.int64, copy=False) for part in self.parts]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def sources(self) -> Integers:
         """int64 [n], the number of the source of each row."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from finetune.compute.limits import CHUNK_ELEMENTS, KEPT_ATTENTION_BYTES
-from finetune.model.adapters import target_names
+from finetune.model.adapted import adapter_shapes
+from finetune.model.adapters import target_names, unties
 from finetune.model.family import Architecture
 from finetune.model.quantize import Quantization
 
@@ -43,12 +44,6 @@ class Estimate:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def count_lora_parameters(config: Architecture, rank: int, target_modules: str | Sequence[str]) -> int:
-    """Parameters of the adapter: rank * (in + out) for every targeted module."""
-    targeted = target_names(target_modules, config.linears)
-    return sum(rank * (config.linears[name].inputs + config.linears[name].outputs) for name in targeted)
-
-
 def estimate(
     recipe: Recipe, config: Architecture, *, dtype: str, tokens_per_micro_batch: int, length: int, shards: int = 1
 ) -> Estimate:
@@ -68,10 +63,13 @@ def estimate(
         shards: Processes that share one state of the optimizer, whole tensors each.
     """
     size = 4 if dtype == "float32" else 2
-    base = config.parameters
     adapter = 0
     if recipe.lora:
-        adapter = count_lora_parameters(config, recipe.lora.rank, recipe.lora.target_modules)
+        settings = recipe.lora.settings()
+        config = replace(config, tie_word_embeddings=config.tie_word_embeddings and not unties(settings, config))
+        targeted = target_names(settings.target_modules, config)
+        adapter = sum(map(prod, adapter_shapes(settings, config, targeted).values()))
+    base = config.parameters
     trainable = adapter or base
     largest = 0 if adapter else config.vocab_size * config.hidden_size
     hidden, layers = config.hidden_size, config.num_hidden_layers

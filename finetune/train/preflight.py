@@ -184,7 +184,7 @@ def _with_adapter(recipe: Recipe, source: ModelSource) -> Recipe:
     section, adapter, config = recipe.lora, source.lora, source.config
     if section is None:
         return recipe
-    target_names(section.target_modules, config.linears)
+    target_names(section.target_modules, config)
     if section.variant == "pissa" and section.rank > config.hidden_size:
         what = f"is {section.rank}, but the model's hidden size is {config.hidden_size}"
         raise ArgumentError(what, where="lora.rank", fix="With pissa, use at most the hidden size.")
@@ -201,6 +201,7 @@ def inherited(section: LoraSection, adapter: LoraSettings) -> LoraSection:
     if adapter.target_modules:
         named = adapter.target_modules
         found["target_modules"] = named if isinstance(named, str) else _last_parts(named)
+    found["modules_to_save"] = _last_parts(adapter.modules_to_save)
     return section.model_copy(update={key: v for key, v in found.items() if key not in section.model_fields_set})
 
 
@@ -215,8 +216,11 @@ def _check_continued(wanted: LoraSection, found: LoraSettings, linears: set[str]
         if getattr(wanted, name) != getattr(found, name):
             what = f"is {getattr(wanted, name):g}, the adapter has {getattr(found, name):g}"
             faults.append(Fault(what, f"lora.{name}"))
-    if (wanted.variant == "rslora") != (found.variant == "rslora") or wanted.variant == "pissa":
+    if wanted.variant != found.variant and (wanted.variant, found.variant) != ("lora_plus", "lora"):
         faults.append(Fault(f"is {wanted.variant}, the adapter is a {found.variant}", "lora.variant"))
+    whole, kept = (", ".join(sorted(_last_parts(side.modules_to_save))) or "empty" for side in (wanted, found))
+    if whole != kept:
+        faults.append(Fault(f"is {whole}, the adapter's is {kept}", "lora.modules_to_save"))
     ours, theirs = (
         linears if targets == "all-linear" else set(_last_parts(targets))
         for targets in (wanted.target_modules, found.target_modules)

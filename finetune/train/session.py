@@ -13,11 +13,11 @@ from finetune import console
 from finetune.errors import CheckpointError
 from finetune.files import sync, sync_tree
 from finetune.methods import METHODS
-from finetune.model.adapters import LoraSettings
+from finetune.model.adapters import unties
 from finetune.model.build import causal_lm
 from finetune.model.load import load_model
-from finetune.model.lora import add_lora, lora_layers, merge_lora, training_state
-from finetune.model.runtime import device, paddle
+from finetune.model.lora import add_lora, merge_lora, retune, training_state
+from finetune.model.runtime import device
 from finetune.model.save import save_hf, save_peft
 from finetune.model.tensors import as_numpy
 from finetune.model.write import read_companions
@@ -201,7 +201,7 @@ def _build_model(prepared: Prepared, start: Start):
         loaded = load_model(checkpoint.model if checkpoint else source, dtype=recipe.model.dtype, training=True)
         model = merge_lora(loaded.model) if loaded.lora is not None else loaded.model
     else:
-        settings = lora_settings(recipe.lora)
+        settings = recipe.lora.settings()
         if source.lora is not None:
             settings = replace(
                 source.lora,
@@ -212,10 +212,11 @@ def _build_model(prepared: Prepared, start: Start):
         if source.lora is not None and checkpoint is None:
             loaded = load_model(source, dtype=recipe.model.dtype, training=True, quantization=quantization)
             model = loaded.model
-            _apply(model, settings)
+            retune(model, settings)
         else:
             base = source.base or source
-            loaded = load_model(base, dtype=recipe.model.dtype, training=True, quantization=quantization)
+            untied = unties(settings, base.config)
+            loaded = load_model(base, dtype=recipe.model.dtype, training=True, quantization=quantization, untied=untied)
             state = checkpoint.extra() if checkpoint else None
             model = add_lora(loaded.model, settings, seed=recipe.training.seed, state=state)
     if recipe.training.recompute:
@@ -236,18 +237,3 @@ def _restored(checkpoint: Checkpoint, best_is_void: bool) -> RunState:
         )
         state.forget_best()
     return state
-
-
-def lora_settings(section) -> LoraSettings:
-    """The recipe's lora section as the model package takes it."""
-    values = section.model_dump()
-    ratio = values.pop("loraplus_lr_ratio")
-    return LoraSettings(**values, lora_plus_ratio=ratio or 1.0)
-
-
-def _apply(model, settings: LoraSettings) -> None:
-    """Give a loaded adapter the training-time settings that its folder does not hold."""
-    model.settings = settings
-    for layer in lora_layers(model).values():
-        layer.lora_dropout = paddle().nn.Dropout(settings.dropout) if settings.dropout else (lambda x: x)
-        layer.lora_B.optimize_attr["learning_rate"] = settings.lora_plus_ratio

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune.errors import CheckpointError
 from finetune.files import read_json, within
-from finetune.model.adapters import parse_paddle_config, parse_peft_config
+from finetune.model.adapter_config import parse_paddle_config, parse_peft_config
 from finetune.model.config import hf_config, read_config
 from finetune.model.resolve import resolve_model
 from finetune.model.tensorfile import TensorFolder

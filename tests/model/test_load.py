@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from finetune.errors import ArgumentError, CheckpointError
 from finetune.export.export import export
+from finetune.model.adapted import stored_weights
 from finetune.model.resolve import resolve_model
-from finetune.model.weights import stored_weights
 from tests.model.compute import logits, prompts
 from tests.tiny import Shape, tiny_config, tiny_model, tiny_weights, write_json, write_weights
 

@@ -11,10 +11,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from finetune.errors import ArgumentError, CheckpointError, StorageError
+from finetune.model.adapted import open_adapter
 from finetune.model.adapters import LoraSettings
 from finetune.model.family import ADAPTABLE
 from finetune.model.resolve import resolve_model
-from finetune.model.weights import open_adapter
 from tests.model.compute import difference, logits, prompts, shake
 from tests.tiny import write_json
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from finetune.errors import ArgumentError, CheckpointError
+from finetune.model.adapted import stored_weights
 from finetune.model.family import Qwen2
 from finetune.model.resolve import resolve_model
-from finetune.model.weights import stored_weights
 from finetune.model.write import generation_config, special_tokens, write_hf, write_paddle
 from tests.model.compute import logits
 from tests.tiny import Shape, tiny_model, tiny_tokenizer, tiny_weights, write_json

@@ -5,7 +5,7 @@ Each argument is a JSON job with `steps`, a list of objects, done in order:
     {"do": "logits", "model": folder, "adapter": folder?, "ids": file.npy, "output": file.npy}
     {"do": "greedy", "model": folder, "ids": file.npy, "new": 64, "output": file.npy}
     {"do": "save", "model": folder, "dtype": "bfloat16", "max_shard_size": "40KB", "output": folder}
-    {"do": "adapter", "model": folder, "config": {...}, "seed": 0, "output": folder}    a PEFT adapter with a random B
+    {"do": "adapter", "model": folder, "config": {...}, "seed": 0, "output": folder}    a PEFT adapter, all but A shaken
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def adapter(step: dict) -> None:
     torch.manual_seed(step["seed"])
     model = get_peft_model(load(step), LoraConfig(task_type="CAUSAL_LM", **step["config"]))
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+        if parameter.requires_grad and "lora_A" not in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(step["output"])
 
 

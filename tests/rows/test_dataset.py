@@ -201,11 +201,11 @@ def test_csv_rows_with_empty_cells_and_answers_that_are_json(tokenizer, write):
     assert marked(tokenizer, dataset[0].rejected).endswith("⟦[]<|im_end|>⟧\n")
 
 
-def test_ten_faults_and_the_total(tokenizer, write):
+def test_a_mistake_of_all_rows_is_one_line_with_their_number(tokenizer, write):
     with pytest.raises(DataError) as caught:
         build(tokenizer, write("a.jsonl", "[]\n" * 1500))
-    assert len(caught.value.faults) == 10
-    assert str(caught.value).endswith("1,500 faults in all; these are the first.")
+    (fault,) = caught.value.faults
+    assert fault.where.endswith("a.jsonl:1 and 1,499 more")
 
 
 def test_faults_found_while_rendering(tokenizer, write):

@@ -31,13 +31,13 @@ from safetensors.numpy import load, save
 from finetune import console
 from finetune.compute.losses import LOSSES
 from finetune.files import json_text, replace_file
+from finetune.model.adapted import open_adapter
 from finetune.model.identity import model_digest
 from finetune.model.load import load_model
-from finetune.model.lora import adapter_disabled, lora_layers, merge_lora
+from finetune.model.lora import adapter_disabled, lora_layers, merge_lora, paddle_state, saved_tensors
 from finetune.model.resolve import ModelSource
 from finetune.model.runtime import paddle as _bring_up
-from finetune.model.tensors import set_parameter
-from finetune.model.weights import open_adapter
+from finetune.model.tensors import copy_of, set_parameter
 from finetune.rows.plan import EpochPlan
 from finetune.train.estimate import quantization_of
 from finetune.train.preference.pairs import PairBatch, PairBatcher, evaluating, response_logps
@@ -155,7 +155,7 @@ def _open_live(ready: Ready, section: DpoSection) -> LiveReference:
     if prepared.reference is not None:
         return LiveReference(_load(prepared.reference, recipe))
     if recipe.lora is not None and source.kind == "adapter":
-        return LiveReference(model, partial(_adapter_as, model, _initial_adapter(model, source)))
+        return LiveReference(model, partial(_adapter_as, _initial_adapter(model, source)))
     if recipe.lora is not None:
         return LiveReference(model, partial(adapter_disabled, model))
     if section.precompute_ref_log_probs and not ready.resumed:
@@ -169,29 +169,30 @@ def _load(source: ModelSource, recipe: Recipe):
     return loaded.model if loaded.lora is None or quantization is not None else merge_lora(loaded.model)
 
 
-def _initial_adapter(model, source: ModelSource) -> dict[str, dict[str, paddle.Tensor]]:
-    """The adapter's tensors as its folder holds them, by module name: {"lora_A", "lora_B"}."""
-    layers, (adapter, _) = lora_layers(model), open_adapter(source)
-    found: dict[str, dict[str, paddle.Tensor]] = {name: {} for name in layers}
-    for name, weight in adapter.items():
+def _initial_adapter(model, source: ModelSource) -> list[tuple[paddle.nn.Layer, str, paddle.Tensor]]:
+    """The adapter's tensors as its folder holds them, each with the layer and the name that they have there."""
+    layers, saved, found = lora_layers(model), saved_tensors(model), []
+    adapter, _ = open_adapter(source)
+    for name, array in paddle_state(adapter, source.config).items():
         module, _, part = name.rpartition(".")
-        found[module][part] = getattr(layers[module], part).detach().clone()
-        set_parameter(found[module][part], weight.read().T)
+        layer = saved[name][0] if name in saved else layers[module]
+        tensor = copy_of(getattr(layer, part))
+        set_parameter(tensor, array)
+        found.append((layer, part, tensor))
     return found
 
 
 @contextmanager
-def _adapter_as(model, tensors: dict[str, dict[str, paddle.Tensor]]) -> Iterator[None]:
+def _adapter_as(tensors: list[tuple[paddle.nn.Layer, str, paddle.Tensor]]) -> Iterator[None]:
     """Other adapter tensors for a while. Exchanged, not written, so that an earlier forward pass keeps its gradient."""
-    layers = lora_layers(model)
-    current = {name: {part: getattr(layer, part) for part in tensors[name]} for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer._parameters.update(tensors[name])
+    current = [(layer, part, getattr(layer, part)) for layer, part, _ in tensors]
+    for layer, part, tensor in tensors:
+        layer._parameters[part] = tensor
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            layer._parameters.update(current[name])
+        for layer, part, tensor in current:
+            layer._parameters[part] = tensor
 
 
 # -- precomputed -----------------------------------------------------------------------------------------------

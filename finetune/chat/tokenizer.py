@@ -160,6 +160,15 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    def beyond(self, token: int, vocab_size: int) -> tuple[str, str]:
+        """What to say of a token that the model has no embedding for: what was found, and the fix."""
+        what = f"token {self.backend.id_to_token(token)!r} has id {token}, but the model has {vocab_size:,} embeddings"
+        return (
+            f"{what} and the tokenizer {len(self):,} tokens",
+            "Give each token an embedding first: in transformers, model.resize_token_embeddings(len(tokenizer)), then "
+            "save both. Or take the tokenizer that belongs to the model.",
+        )
+
     @property
     def eos_token(self) -> str | None:
         return self.special_tokens.get("eos_token")

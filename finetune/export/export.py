@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError, FinetuneError
 from finetune.export.formats import FORMATS
 from finetune.export.gguf import write_gguf
@@ -22,7 +23,15 @@ from finetune.model.family import EMBEDDING
 from finetune.model.pickled import unpickled
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import write_tensors
-from finetune.model.write import Companions, promise, read_companions, write_companions, write_hf, write_paddle
+from finetune.model.write import (
+    Companions,
+    promise,
+    read_companions,
+    special_tokens,
+    write_companions,
+    write_hf,
+    write_paddle,
+)
 
 _WRITERS = {"hf": write_hf, "paddle": write_paddle}  # of whole models; peft and gguf have their own ways below
 
@@ -89,6 +98,8 @@ def _export(
 ) -> Written:
     format, dtype = _checked(source, format, dtype)
     check_new(output_dir)
+    if beyond := _tokens_beyond(source):
+        say(beyond)
     written = _write(source, output_dir, format, dtype)
     say(_summary(written))
     if not verify:
@@ -104,6 +115,15 @@ def _export(
         )
     say(f"Verified: largest logit difference {difference:.3g} (limit {limit:.3g} for {written.dtype}).")
     return Written(**{**written.__dict__, "difference": difference, "limit": limit})
+
+
+def _tokens_beyond(source: ModelSource) -> str:
+    """A warning where the tokenizer has tokens that the model has no embedding for."""
+    largest = max(special_tokens(source.tokenizer_folder).items(), key=lambda item: item[1], default=("", -1))
+    if largest[1] < source.config.vocab_size:
+        return ""
+    what, fix = Tokenizer.from_folder(source.tokenizer_folder).beyond(largest[1], source.config.vocab_size)
+    return f"Warning: {what}. {fix}"
 
 
 def _checked(source: ModelSource, format: str, dtype: str) -> tuple[str, str]:

@@ -149,7 +149,8 @@ def _add_tokenizer(writer: Any, gguf: ModuleType, config: Architecture, folder: 
     }
     size, kinds = config.vocab_size, gguf.TokenType
     if max(tokens) >= size:
-        raise CheckpointError(f"the tokenizer has ids up to {max(tokens)}, the model knows {size}", where=str(folder))
+        what, fix = tokenizer.beyond(max(tokens), size)
+        raise CheckpointError(what, where=str(folder), fix=fix)
 
     def kind(number: int) -> int:
         if number not in tokens:

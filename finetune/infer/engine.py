@@ -129,11 +129,11 @@ class Engine:
                 fix="Shorten the prompt.",
             )
         if ids.min() < 0 or ids.max() >= vocabulary:
-            raise DataError(
-                f"the prompt holds token {ids.max() if ids.min() >= 0 else ids.min()}, and the model has {vocabulary}",
-                where=f"prompt {index + 1}",
-                fix="Use the tokenizer that belongs to the model.",
-            )
+            token = int(ids.max() if ids.min() >= 0 else ids.min())
+            what, fix = f"the prompt holds token {token}, and the model has {vocabulary}", "Use the model's tokenizer."
+            if self.tokenizer is not None and 0 <= token < len(self.tokenizer):
+                what, fix = self.tokenizer.beyond(token, vocabulary)
+            raise DataError(what, where=f"prompt {index + 1}", fix=fix)
         return Request(ids, sampling, index)
 
     @contextmanager

@@ -196,6 +196,7 @@ def build_dataset(
     progress: Progress | None = None,
     base: Path | None = None,
     limit: int | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Dataset | PairDataset, DataReport]:
     """Read, check, render, tokenize and cut all rows, source after source in the order given.
 
@@ -205,6 +206,7 @@ def build_dataset(
         progress: Called with the number of rows done since the last call and, where it can be guessed, of all rows.
         base: The recipe's folder, see `find_files`.
         limit: Stop once this many rows are kept, for a look at the first ones.
+        vocab_size: Tokens that the model has embeddings for; a row with another one is wrong.
 
     Returns:
         The rows that can be trained on, and what happened to the others.
@@ -213,7 +215,7 @@ def build_dataset(
         DataError: rows are wrong; names up to 10 of them, in order, and says how many there are. Rows that are too long
             for `overlong: error` are named where nothing else is wrong. Or no row is left.
     """
-    settings, progress = Settings.of(data, method), progress or (lambda rows, total: None)
+    settings, progress = Settings.of(data, method, vocab_size), progress or (lambda rows, total: None)
     # By what the list is: equal sources may stand in both.
     inputs = Inputs(sources, base, "data.eval" if sources is getattr(data, "eval", None) else "data.train")
     if limit is None and inputs.size >= LARGE_BYTES:

@@ -51,17 +51,19 @@ class DataSettings(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a row's tokens depend on beside the tokenizer: `DataSettings`, and the method, one of METHODS."""
+    """What becomes of a row, beside the tokenizer: `DataSettings`, the method, one of METHODS, and how many tokens the
+    model has embeddings for; None where that is not known."""
 
     method: str
     max_length: int
     overlong: str
     train_on: str
+    vocab_size: int | None = None
 
     @classmethod
-    def of(cls, data: DataSettings, method: str) -> Settings:
+    def of(cls, data: DataSettings, method: str, vocab_size: int | None = None) -> Settings:
         """Take what is needed of the recipe."""
-        return cls(method, data.max_length, data.overlong, data.train_on)
+        return cls(method, data.max_length, data.overlong, data.train_on, vocab_size)
 
     @property
     def kind(self) -> RowKind:
@@ -342,12 +344,34 @@ class _Run:
         kept: list[Example | None] | list[PairExample | None]
         if self.pair:
             pairs = encode_pairs(self.tokenizer, items)
-            kept = [self._take_pair(pair, number) for pair, number in zip(pairs, numbers, strict=True)]
+            kept = [
+                self._take_pair(pair, number) if self._is_known(pair, number) else None
+                for pair, number in zip(pairs, numbers, strict=True)
+            ]
         else:
             examples = encode_rendered(self.tokenizer, items)
-            kept = [self._take(example, number) for example, number in zip(examples, numbers, strict=True)]
+            kept = [
+                self._take(example, number) if self._is_known(example, number) else None
+                for example, number in zip(examples, numbers, strict=True)
+            ]
         self.rows += [row for row in kept if row is not None]
         self.numbers += [number for row, number in zip(kept, numbers) if row is not None]
+
+    def _is_known(self, row: Example | PairExample, number: int) -> bool:
+        """Note a token of the row that the model has no embedding for."""
+        fault = self._without_embedding(row, number)
+        if fault is not None:
+            self.result.faults.add([fault])
+        return fault is None
+
+    def _without_embedding(self, row: Example | PairExample, number: int) -> Fault | None:
+        """A token that was added to the tokenizer, and the model's embeddings were not resized."""
+        sides = (row.chosen, row.rejected) if isinstance(row, PairExample) else (row,)
+        largest = max(int(side.input_ids.max(initial=0)) for side in sides)
+        if self.settings.vocab_size is None or largest < self.settings.vocab_size:
+            return None
+        what, fix = self.tokenizer.beyond(largest, self.settings.vocab_size)
+        return Fault(what, self._name(number), fix)
 
     def _take(self, example: Example, number: int) -> Example | None:
         limit, length = self.settings.max_length, len(example.input_ids)

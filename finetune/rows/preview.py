@@ -38,9 +38,16 @@ def preview(recipe: Any, n: int | None = 3, as_json: bool = False, base: Path | 
     Raises:
         DataError: a row is wrong. CheckpointError: the model's folder or tokenizer is.
     """
-    tokenizer = Tokenizer.from_folder(resolve_model(recipe.model.path).tokenizer_folder)
+    source = resolve_model(recipe.model.path)
+    tokenizer = Tokenizer.from_folder(source.tokenizer_folder)
     rows, report = build_dataset(
-        recipe.data.train, tokenizer, data=recipe.data, method=recipe.method, base=base, limit=n
+        recipe.data.train,
+        tokenizer,
+        data=recipe.data,
+        method=recipe.method,
+        base=base,
+        limit=n,
+        vocab_size=source.config.vocab_size,
     )
     if as_json:
         for row in rows:

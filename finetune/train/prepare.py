@@ -93,12 +93,12 @@ def prepare(settled: Settled, rank: int = 0) -> Prepared:
     Raises:
         UserError: the data, or what it makes with the model, is wrong.
     """
-    recipe, tokenizer = settled.recipe, settled.tokenizer
+    recipe, source, tokenizer = settled.recipe, settled.source, settled.tokenizer
     data, training = recipe.data, recipe.training
     if data.streaming:
         return _prepare_stream(settled, rank)
-    train, report = _build(recipe, tokenizer, data.train, "read training rows")
-    held_out = _evaluation_rows(recipe, tokenizer)
+    train, report = _build(recipe, source, tokenizer, data.train, "read training rows")
+    held_out = _evaluation_rows(recipe, source, tokenizer)
     needed = training.load_best_model_at_end or training.early_stopping_patience
     if data.eval_fraction and len(train) == 1 and not needed:
         report.notes.append("1 row is trained on and not evaluated: data.eval_fraction takes effect from 2 rows on.")
@@ -138,11 +138,11 @@ def prepare(settled: Settled, rank: int = 0) -> Prepared:
     )
 
 
-def _evaluation_rows(recipe: Recipe, tokenizer: Tokenizer) -> RowSet[Packs] | None:
+def _evaluation_rows(recipe: Recipe, source: ModelSource, tokenizer: Tokenizer) -> RowSet[Packs] | None:
     """The rows of data.eval; None where it names none."""
     if not recipe.data.eval:
         return None
-    rows, report = _build(recipe, tokenizer, recipe.data.eval, "read evaluation rows")
+    rows, report = _build(recipe, source, tokenizer, recipe.data.eval, "read evaluation rows")
     return RowSet(rows, report, _packs(rows, recipe))
 
 
@@ -152,23 +152,26 @@ def _prepare_stream(settled: Settled, rank: int) -> Prepared:
     Raises:
         ValueError: training.max_steps is not set, which the recipe's rules ask for.
     """
-    recipe, tokenizer = settled.recipe, settled.tokenizer
+    recipe, source, tokenizer = settled.recipe, settled.source, settled.tokenizer
     data, training = recipe.data, recipe.training
     if training.max_steps is None:
         raise ValueError("the length of a stream is not known, so training.max_steps must be")
-    first, _ = build_dataset(data.train, tokenizer, data=data, method=recipe.method, limit=_FIRST_ROWS)
+    known = source.config.vocab_size
+    first, _ = build_dataset(
+        data.train, tokenizer, data=data, method=recipe.method, limit=_FIRST_ROWS, vocab_size=known
+    )
     stream = open_stream(
         data.train,
         tokenizer,
         StreamSettings(
-            encode=Settings.of(data, recipe.method),
+            encode=Settings.of(data, recipe.method, known),
             room=_room(recipe) if data.packing else None,
             seed=training.seed,
             shuffle=training.shuffle,
             share=(rank, settled.world_size),
         ),
     )
-    held_out = _evaluation_rows(recipe, tokenizer)
+    held_out = _evaluation_rows(recipe, source, tokenizer)
     size = training.per_device_train_batch_size
     plan = StreamPlan(stream, size, training.gradient_accumulation_steps, training.max_steps)
     return Prepared(
@@ -187,14 +190,23 @@ def _prepare_stream(settled: Settled, rank: int) -> Prepared:
     )
 
 
-def _build(recipe: Recipe, tokenizer: Tokenizer, sources: Sequence[Source], title: str) -> tuple[Any, DataReport]:
+def _build(
+    recipe: Recipe, source: ModelSource, tokenizer: Tokenizer, sources: Sequence[Source], title: str
+) -> tuple[Any, DataReport]:
     with console.progress(None, title, unit="row") as bar:
 
         def advance(rows: int, total: int | None) -> None:
             bar.total = total
             bar.advance(rows)
 
-        return build_dataset(sources, tokenizer, data=recipe.data, method=recipe.method, progress=advance)
+        return build_dataset(
+            sources,
+            tokenizer,
+            data=recipe.data,
+            method=recipe.method,
+            progress=advance,
+            vocab_size=source.config.vocab_size,
+        )
 
 
 def _packs(dataset: Any, recipe: Recipe, mix: Mix | None = None) -> Packs:

@@ -56,7 +56,8 @@ def test_modules_sizes_and_biases_of_a_layer():
     assert layer["self_attn.k_proj"] == layer["self_attn.v_proj"] == Linear(3584, 512, bias=True)
     assert layer["mlp.down_proj"] == Linear(18944, 3584)
     assert [name for name, linear in layer.items() if linear.bias] == [f"self_attn.{x}_proj" for x in "qkv"]
-    assert ADAPTABLE == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert ADAPTABLE == ("embed_tokens", *projections, "lm_head")
 
 
 def test_a_description_does_not_change():

@@ -25,6 +25,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
+PARTS = ["rank_pattern", "alpha_pattern", "modules_to_save", "use_dora", "ensure_weight_tying"]
 PEFT = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "bias": "none"}
 
 
@@ -36,11 +37,13 @@ def test_configs(changes):
         pass
 
 
-@given(st.dictionaries(st.sampled_from([*PEFT, "use_rslora", "rslora", "init_lora_weights", "lora_dropout"]), JSON))
+@given(
+    st.dictionaries(st.sampled_from([*PEFT, "use_rslora", "rslora", "init_lora_weights", "lora_dropout", *PARTS]), JSON)
+)
 def test_adapter_configs(changes):
     for parse in (parse_peft_config, parse_paddle_config):
         try:
-            assert parse(PEFT | changes, WHERE).scaling is not None
+            assert parse(PEFT | changes, WHERE).scaling_of("model.layers.0.self_attn.q_proj") is not None
         except CheckpointError:
             pass
 

@@ -316,7 +316,8 @@ def test_prefixes_and_the_default_hub(server, content, monkeypatch):
 
 
 def test_an_adapter_names_its_base_as_peft_does(server, tmp_path, content):
-    from finetune.model.adapters import LoraSettings, peft_config
+    from finetune.model.adapter_config import peft_config
+    from finetune.model.adapters import LoraSettings
     from tests.model.test_resolve import adapter
 
     base = resolve_model(f"hf:{REPO}@v1")

@@ -94,7 +94,7 @@ def recipes(draw) -> Recipe:
     tree = {"method": method, "model": {"path": draw(name)}, "data": data, "training": training}
     if draw(st.booleans()):
         modules = st.lists(st.sampled_from(ADAPTABLE), min_size=1, unique=True)
-        variant = st.sampled_from(["lora", "rslora", "lora_plus", "pissa"])
+        variant = st.sampled_from(["lora", "rslora", "lora_plus", "pissa", "dora"])
         tree["lora"] = {"variant": draw(variant), "target_modules": draw(st.just("all-linear") | modules)}
     if method == "dpo":
         losses = ["sigmoid", "hinge", "ipo", "kto_pair", "simpo", "orpo", "dpop", "sppo_hard", "nca_pair"]

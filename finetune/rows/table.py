@@ -131,7 +131,7 @@ class Table:
 
     def cut(self) -> Integers:
         """int64 [n], see `Part`."""
-        return self.column(lambda part: part.cut)
+        return self.column(lambda part: part.cut.astype(np.int64))
 
     def num_supervised(self, side: int) -> Integers:
         """int64 [n], see `Sequences`."""

@@ -3,6 +3,7 @@ process that starts others. No paddle here."""
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 from collections.abc import Callable, Iterable
@@ -135,10 +136,11 @@ def _check_output(recipe: Recipe) -> None:
     if not there.is_dir():
         what = "is a file" if there == output else f"cannot be made: {there} is a file"
         raise ArgumentError(what, where=str(output), fix="Choose another training.output_dir.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ArgumentError(
-            "cannot be written (Permission denied)", where=str(output), fix="Choose another training.output_dir."
-        )
+    denied = None if os.access(there, os.W_OK | os.X_OK) else errno.EACCES
+    denied = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else denied
+    if denied:
+        what = f"cannot be written ({os.strerror(denied)})"
+        raise ArgumentError(what, where=str(output), fix="Choose another training.output_dir.")
     refuse_to_replace(output, wanted)
     if wanted not in ("auto", "never"):
         check_there(Path(wanted))

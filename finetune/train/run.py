@@ -123,7 +123,7 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
         if world.is_main:
             manifest.write("running")
             if answer is not None and start.checkpoint is None:
-                write_samples(output / "samples.json", prepared, session.model, answer, "before")
+                _answer_before(output / "samples.json", prepared, session, answer)
         with MetricsWriter(output / "metrics.jsonl", start.step) if world.is_main else _NoMetrics() as metrics:
             reason = session.train(metrics.write)
         if reason != "interrupted":
@@ -163,6 +163,14 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
     if world.is_main:
         ending = "" if reason == "done" else " (stopped early: eval_loss no longer fell)"
         console.say(f"Finished{ending}. Model: {output / 'final'}  Report: {output / 'report.html'}")
+
+
+def _answer_before(path: Path, prepared: Prepared, session: Session, answer: Answer) -> None:
+    """Answer a few rows for the report. A model that cannot is no reason to stop here: its first step says why."""
+    try:
+        write_samples(path, prepared, session.model, answer, "before")
+    except FinetuneError as error:
+        console.warn(f"the report will have no answers from before training: {error}")
 
 
 def _again(recipe: Recipe) -> str:

@@ -208,6 +208,13 @@ def test_a_mistake_of_all_rows_is_one_line_with_their_number(tokenizer, write):
     assert fault.where.endswith("a.jsonl:1 and 1,499 more")
 
 
+def test_ten_faults_and_the_total(tokenizer, write):
+    with pytest.raises(DataError) as caught:
+        build(tokenizer, write("a.jsonl", "".join(json.dumps({"messages": i}) + "\n" for i in range(1500))))
+    assert len(caught.value.faults) == 10
+    assert str(caught.value).endswith("1,500 faults in all; these are the first.")
+
+
 def test_faults_found_while_rendering(tokenizer, write):
     row = {
         "messages": [

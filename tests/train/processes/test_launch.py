@@ -17,6 +17,7 @@ import pytest
 from finetune.errors import ArgumentError
 from finetune.recipe.load import load_recipe
 from finetune.train.checkpoint import list_steps
+from finetune.train.preflight import settle
 from finetune.train.prepare import prepare
 from finetune.train.processes.parallel import World
 from finetune.train.resume import find_start
@@ -38,7 +39,7 @@ class Two(World):
 def test_processes_that_would_not_start_alike_are_refused(tmp_path, tiny_folder, monkeypatch):
     recipe = write_recipe(tmp_path, tiny_folder, save_steps=2)
     assert finetune("train", recipe) == 0
-    prepared = prepare(load_recipe(recipe, ["training.output_dir=" + str(tmp_path / "run")]), 1, rank=0)
+    prepared = prepare(settle(load_recipe(recipe, ["training.output_dir=" + str(tmp_path / "run")])))
     start = find_start(prepared, Two(0, 2))
     assert start.step == 4
     for other, what in (([0, "anything"], "steps 0, 4"), ([4, "anything"], "different recipes, data or models")):

@@ -11,6 +11,7 @@ import pytest
 from finetune.errors import ArgumentError
 from finetune.model.runtime import paddle as bring_up
 from finetune.recipe.load import load_recipe
+from finetune.train.preflight import settle
 from finetune.train.prepare import prepare
 from finetune.train.processes.parallel import World
 from finetune.train.processes.sharding import Shards, share_out
@@ -100,8 +101,8 @@ def test_a_run_sharded_for_half_its_steps_ends_with_the_same_bits(
 
 def test_the_estimate_of_memory_splits_the_state(tmp_path, tiny_folder):
     recipe = write_recipe(tmp_path, tiny_folder)
-    whole = prepare(load_recipe(recipe), 2, rank=0).estimate
-    split = prepare(load_recipe(recipe, SHARDED), 2, rank=0).estimate
+    whole = prepare(settle(load_recipe(recipe), 2)).estimate
+    split = prepare(settle(load_recipe(recipe, SHARDED), 2)).estimate
     assert split.optimizer == whole.optimizer / 2
     assert split.gradients == whole.gradients and split.weights == whole.weights
 

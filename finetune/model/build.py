@@ -109,12 +109,14 @@ def fill(model: paddle.nn.Layer, weights: dict[str, Weight], quantization: Quant
 
     Args:
         quantization: Keep the linear layers of the decoder so; embedding, head, norms and biases stay as they are.
+            For nf4, a matrix that its folder has in nf4 keeps the codes it has there.
     """
     config, parameters = config_of(model), dict(model.named_parameters())
     for name, weight in weights.items():
         parameter = parameters[config.paddle_name(name)]
         if quantization is not None and name.removesuffix(".weight") in config.linears:
-            freeze(parameter, quantization.quantize(weight.read()))
+            codes = weight.codes if quantization.kind == "nf4" else None
+            freeze(parameter, codes() if codes else quantization.quantize(weight.read()))
         else:
             set_parameter(parameter, convert.turned(config, name, weight.read()))
 

@@ -150,9 +150,8 @@ def _unsupported(raw: dict[str, Any], config: Architecture, where: Path) -> list
         refuse("sliding window attention", "use_sliding_window must be false.")
     if raw.get("hidden_act", config.ACTIVATION) != config.ACTIVATION:
         refuse(f"hidden_act {str(raw['hidden_act'])[:50]!r}", f"Only {config.ACTIVATION} is.")
-    quantized = raw.get("quantization_config")  # PaddleNLP gives every model one, with no algorithm in it
-    if quantized and not (isinstance(quantized, dict) and quantized.get("weight_quantize_algo", "") is None):
-        refuse("a quantized model", "Use the original one.")
+    if quantized := _odd_quantization(raw.get("quantization_config")):
+        refuse(*quantized)
     for fused in ("fuse_attention_qkv", "fuse_attention_ffn"):
         if raw.get(fused):
             refuse(f"{fused} (projections stored as one matrix)", "Save the model with it switched off.")
@@ -162,6 +161,19 @@ def _unsupported(raw: dict[str, Any], config: Architecture, where: Path) -> list
     for what, fix in config.refused(raw):
         refuse(what, fix)
     return faults
+
+
+def _odd_quantization(found: Any) -> tuple[str, str] | None:
+    """What of a quantization_config is not read, and what to do. PaddleNLP gives every model one, with no algorithm."""
+    if not found or (isinstance(found, dict) and found.get("weight_quantize_algo", "") is None):
+        return None
+    if not isinstance(found, dict) or found.get("quant_method") != "bitsandbytes":
+        return "a quantized model", "Use the original one."
+    kind = found.get("bnb_4bit_quant_type", "fp4") if found.get("load_in_4bit") else "8-bit"
+    if kind == "nf4":
+        return None
+    fix = "Take the original model with model.quantization (--quantization) nf4 or int8; of these only nf4 is read."
+    return f"a model that bitsandbytes quantized to {str(kind)[:20]}", fix
 
 
 def _stored(config: Architecture) -> dict[str, Any]:

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 
 from finetune.errors import CheckpointError, Fault, did_you_mean
 from finetune.model import convert
+from finetune.model.bitsandbytes import BitsandbytesTensors, open_folder
 from finetune.model.config import DTYPES
 from finetune.model.family import EMBEDDING, HEAD, Architecture
 from finetune.model.gguf.tensors import GgufTensors, open_gguf
+from finetune.model.quantize import Nf4
 from finetune.model.resolve import ModelSource
 from finetune.model.tensorfile import Array, Dtype, TensorFolder
 
@@ -28,11 +31,16 @@ class Weight:
 
     Attributes:
         dtype, shape: As `read` gives it.
+        codes: The matrix as the folder has it, where it is quantized there.
     """
 
     dtype: Dtype
     shape: tuple[int, ...]
     read: Callable[[], Array]
+    codes: Callable[[], Nf4] | None = None
+
+
+Tensors = TensorFolder | GgufTensors | BitsandbytesTensors
 
 
 def numpy_dtype(name: str) -> Dtype:
@@ -56,18 +64,25 @@ def base_weights(source: ModelSource, config: Architecture | None = None) -> dic
             array = tensors.read(stored)
             return convert.turned(config, own, array) if source.layout == "paddle" else array
 
-        return Weight(tensors.entries[stored].dtype, shape, read)
+        codes = None
+        if isinstance(tensors, BitsandbytesTensors) and stored in tensors.quantized:
+            codes = partial(tensors.codes, stored)
+        return Weight(tensors.entries[stored].dtype, shape, read, codes)
 
     return {name: weight(name, shape) for name, shape in config.shapes.items()}
 
 
-def open_tensors(source: ModelSource) -> TensorFolder | GgufTensors:
+def open_tensors(source: ModelSource) -> Tensors:
     """The weights of a whole model, compared with its config by name, shape and dtype.
 
     Raises:
         CheckpointError: tensors missing, unexpected, of another shape, or not floating point; the first few are named.
     """
-    tensors = open_gguf(source.gguf, source.config) if source.gguf else TensorFolder(source.folder, source.stem)
+    tensors: Tensors
+    if source.gguf:
+        tensors = open_gguf(source.gguf, source.config)
+    else:
+        tensors = open_folder(TensorFolder(source.folder, source.stem))
     config, where = source.config, str(source.place)
     layers = _layers_in(tensors, config.layer_prefix(source.layout))
     if layers != config.num_hidden_layers:
@@ -112,7 +127,7 @@ def audit(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int
     return faults
 
 
-def wrong_dtypes(tensors: TensorFolder | GgufTensors, where: str) -> list[Fault]:
+def wrong_dtypes(tensors: Tensors, where: str) -> list[Fault]:
     """Tensors that hold no floating point numbers, the first few."""
     return [
         Fault(f"tensor {name[:200]!r} is {entry.dtype}", where, "Weights are floating point numbers.")
@@ -121,11 +136,11 @@ def wrong_dtypes(tensors: TensorFolder | GgufTensors, where: str) -> list[Fault]
     ][:_MOST_FAULTS]
 
 
-def _layers_in(tensors: TensorFolder | GgufTensors, prefix: str) -> int:
+def _layers_in(tensors: Tensors, prefix: str) -> int:
     return len({name[len(prefix) :].split(".")[0] for name in tensors.entries if name.startswith(prefix)})
 
 
-def _check_spare_head(tensors: TensorFolder | GgufTensors, source: ModelSource) -> None:
+def _check_spare_head(tensors: Tensors, source: ModelSource) -> None:
     """A tied folder may repeat the embeddings as head; a different head means that it is not tied."""
     embedding, config = f"{EMBEDDING}.weight", source.config
     embedding = config.paddle_name(embedding) if source.layout == "paddle" else embedding

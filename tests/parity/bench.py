@@ -13,7 +13,8 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from finetune.model.adapters import LoraSettings, peft_config
+from finetune.model.adapter_config import peft_config
+from finetune.model.adapters import LoraSettings
 from finetune.report.metrics import read_metrics
 from tests.tiny import Shape
 

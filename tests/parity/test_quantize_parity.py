@@ -1,7 +1,9 @@
-"""nf4 against bitsandbytes: codes and scales to the bit, doubly quantized scales where the nearest level is clear."""
+"""nf4 against bitsandbytes: codes and scales to the bit, doubly quantized scales where the nearest level is clear; its
+folders, and adapters on them in PEFT."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 
@@ -11,9 +13,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from finetune.model.quantize import quantize_nf4
-from tests.parity.bench import HERE, REFERENCE_PYTHON, needs_reference
+from finetune.model.resolve import resolve_model
+from finetune.model.weights import base_weights
+from tests.model.compute import difference, logits
+from tests.parity.bench import HERE, REFERENCE_PYTHON, SHAPE, needs_reference
+from tests.runs import finetune, write_recipe
+from tests.tiny import tiny_model, tiny_tokenizer
 
 pytestmark = needs_reference
+IDS = np.random.default_rng(0).integers(0, 400, (2, 16))
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +59,36 @@ def test_codes_and_scales_are_the_same(answers):
         assert odd.mean() < 1e-3, name
         ours, doubled = double.scales.read()[~odd], theirs[f"{name}/doubled"][~odd]
         np.testing.assert_allclose(ours, doubled, rtol=0, atol=1e-6, err_msg=name)
+
+
+def reference(folder, steps: list[dict]) -> list[np.ndarray]:
+    """Logits of each step; see ref_bitsandbytes.py."""
+    np.save(folder / "ids.npy", IDS)
+    shared = {"ids": str(folder / "ids.npy")}
+    (folder / "job.json").write_text(json.dumps([step | shared for step in steps]))
+    script = [REFERENCE_PYTHON, str(HERE / "ref_bitsandbytes.py"), str(folder / "job.json")]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [np.load(step["output"]) for step in steps]
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_a_folder_of_bitsandbytes_and_an_adapter_trained_on_it(double, tmp_path):
+    from finetune.model.load import load_model
+
+    base, folder, run = tiny_model(tmp_path / "base", shape=SHAPE), tmp_path / "nf4", tmp_path / "run"
+    made = {"model": str(base), "double": double, "quantized": str(folder), "output": str(tmp_path / "base.npy")}
+    (expected,) = reference(tmp_path, [made])
+    tiny_tokenizer(folder)
+    assert difference(logits(load_model(folder).model, IDS), expected) <= 1e-5
+    weights = base_weights(resolve_model(folder))
+    for name, weight in base_weights(resolve_model(base)).items():
+        if (stored := weights[name].codes) is not None:
+            assert np.array_equal(stored().codes, quantize_nf4(weight.read(), double=double).codes), name
+    recipe = write_recipe(tmp_path, folder)
+    changes = f"training.output_dir={run}", "lora={rank: 4}", "model.quantization=nf4"
+    assert finetune("train", recipe, *changes) == 0
+    told = {"quantized": str(folder), "adapter": str(run / "final"), "output": str(tmp_path / "adapter.npy")}
+    (adapted,) = reference(tmp_path, [told])
+    assert np.abs(adapted - expected).max() > 1e-3
+    assert difference(logits(load_model(run).model, IDS), adapted) <= 1e-5

@@ -13,6 +13,7 @@ from finetune.compute.attention import context_of
 from finetune.compute.layers import given, prepare_layers, wants
 from finetune.compute.layout import Layout
 from finetune.compute.limits import CHUNK_ELEMENTS
+from finetune.compute.noise import noisy_embeddings
 from finetune.model.build import body_of, causal_lm
 from finetune.model.lora_layers import LoraHead
 from finetune.model.runtime import paddle as _bring_up
@@ -77,8 +78,10 @@ def _scored_hidden(model, layout: Layout) -> paddle.Tensor:
     """Last hidden states at the scored positions, [N, hidden]."""
     lm = causal_lm(model)
     prepare_layers(lm)
+    embeddings = noisy_embeddings(lm, layout)
     hidden = body_of(lm)(
-        input_ids=paddle.to_tensor(layout.input_ids),
+        input_ids=paddle.to_tensor(layout.input_ids) if embeddings is None else None,
+        inputs_embeds=embeddings,
         position_ids=paddle.to_tensor(layout.position_ids),
         attn_mask_startend_row_indices=context_of(lm, layout),
         use_cache=False,

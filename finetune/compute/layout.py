@@ -62,6 +62,21 @@ class Layout:
         """Scored tokens."""
         return int(self.targets.size)
 
+    def sequence_lengths(self) -> np.ndarray:
+        """Of each token, how long the longest sequence is that it is part of: int64 [T].
+
+        >>> lay_out_pairs([([1, 2], ([3, 4], [3, 4]), ([5], [5]))]).sequence_lengths().tolist()
+        [4, 4, 4, 4, 3]
+        """
+        lengths = np.zeros(self.num_tokens, np.int64)
+        for span in self.spans:
+            length = int(self.position_ids[0, span.stop - 1]) + 1
+            lengths[span.start : span.stop] = length
+            if span.prefix is not None:
+                prompt = lengths[slice(*span.prefix)]
+                np.maximum(prompt, length, out=prompt)
+        return lengths
+
 
 def visible_until(spans: list[Span]) -> np.ndarray:
     """Of each token, the row from which on no token sees it: int32 [T].

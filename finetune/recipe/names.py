@@ -41,6 +41,7 @@ _ALIASES = {
     "training.gradient_accumulation_steps": "grad_accum accumulation accumulation_steps accumulate_grad_batches"
     " gradient_accumulation grad_accumulation_steps",
     "training.optim": "optimizer optimizer_type optim_type",
+    "training.neftune_noise_alpha": "neftune neftune_alpha noisy_embedding_alpha noise_alpha",
     "training.learning_rate": "lr max_lr",
     "training.lr_scheduler_type": "scheduler lr_scheduler lr_schedule schedule lr_decay_style",
     "training.min_lr_ratio": "min_lr lr_end min_lr_rate",

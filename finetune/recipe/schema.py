@@ -174,6 +174,8 @@ class TrainingSection(Section):
         adam_beta1: AdamW's.
         adam_beta2: AdamW's.
         adam_epsilon: AdamW's.
+        neftune_noise_alpha: Add noise to the embeddings in training, evenly from +-alpha / sqrt(tokens x hidden size)
+            (NEFTune, arXiv:2310.05914, where it is 5 to 15); without it none.
         max_grad_norm: Clip the gradient of a step to this norm; 0 does not clip.
         seed: Of the adapter, the order of rows, dropout and `eval_fraction`.
         logging_steps: A row of metrics.jsonl every so many steps: means over them, but `grad_norm` and `learning_rate`
@@ -208,6 +210,7 @@ class TrainingSection(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    neftune_noise_alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None
     max_grad_norm: Annotated[float, Field(ge=0, le=1e9, json_schema_extra=unit("0 turns clipping off"))] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     logging_steps: Annotated[Count, Field(json_schema_extra=unit("optimizer steps"))] = 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import console
+from finetune.compute.noise import set_noise
 from finetune.errors import CheckpointError
 from finetune.files import sync, sync_tree
 from finetune.methods import METHODS
@@ -219,6 +220,7 @@ def _build_model(prepared: Prepared, start: Start):
             loaded = load_model(base, dtype=recipe.model.dtype, training=True, quantization=quantization, untied=untied)
             state = checkpoint.extra() if checkpoint else None
             model = add_lora(loaded.model, settings, seed=recipe.training.seed, state=state)
+    set_noise(model, recipe.training.neftune_noise_alpha)
     if recipe.training.recompute:
         causal_lm(model).recompute_enable()
     return model, loaded.dtype

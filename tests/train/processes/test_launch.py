@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,10 @@ def start_two(tmp_path, tiny_folder) -> Iterator[Callable[[], tuple[subprocess.P
     def start() -> tuple[subprocess.Popen, Path]:
         recipe = write_recipe(tmp_path, tiny_folder, max_steps=100_000)
         command = [sys.executable, "-m", "finetune", "train", str(recipe), "--nproc", "2"]
-        started.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        # A shell ignores SIGINT in what it starts in the background, and a run leaves ignored what it finds ignored.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, **outputs, text=True, preexec_fn=heard))
         return started[0], tmp_path / "run"
 
     yield start

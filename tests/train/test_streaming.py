@@ -113,8 +113,10 @@ def test_a_bad_row_of_one_process_leaves_the_other_where_the_run_stopped(tmp_pat
     # Blocks of 42 rows: the bad row is in the second one, of which the other process has rows when it is found.
     rows = tmp_path / "train.jsonl"
     recipe = write_recipe(tmp_path, tiny_folder, max_steps=12)
-    messages = [[{"role": "user", "content": f"{n} " + "word " * 20000}] for n in range(200)]
-    lines = [json.dumps({"messages": [*said, {"role": "assistant", "content": "yes"}]}) + "\n" for said in messages]
+    # They are long by spaces after the JSON, which fill a block and are no tokens.
+    messages = [[{"role": "user", "content": f"{n} " + "word " * 100}] for n in range(200)]
+    objects = [json.dumps({"messages": [*said, {"role": "assistant", "content": "yes"}]}) for said in messages]
+    lines = [said.ljust(100_000) + "\n" for said in objects]
     rows.write_text("".join(lines), encoding="utf-8")
     overrides = [*STREAMED, "data.max_length=64", "data.train_on=all", "--nproc", "2"]
     undisturbed = train(recipe, tmp_path / "undisturbed", *overrides)

@@ -5,6 +5,7 @@
     <!-- begin losses -->               the losses over pairs: their table, formulas and sources
     <!-- begin rooms -->                the rooms of the package, by floor: tests/test_layering.py and their docstrings
     <!-- begin needs -->                the GPUs that the shipped recipes need, from their headers
+    <!-- begin cards -->                the smallest GPU by model, method and length: finetune/train/cards.py
 
 `page.zh.md` and README.zh-CN.md get the same with the words of docs/zh.yaml. docs/rooms.svg is drawn too. A test fails
 where a page is not what this writes.
@@ -27,10 +28,13 @@ import yaml
 from pydantic.fields import FieldInfo
 
 from finetune.compute.losses import LOSSES
-from finetune.methods import methods_on
+from finetune.methods import METHODS, methods_on
+from finetune.model.family import Qwen2
 from finetune.recipe import schema
+from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import shipped_recipes
 from finetune.rows.formats import FORMS
+from finetune.train.cards import Load, smallest_card
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -59,6 +63,9 @@ ENGLISH = {
     "yes": "yes",
     "no": "no",
     "needs head": "recipe | GPUs | memory of each",
+    "cards head": "model | method | tuning",
+    "tokens": "{} tokens",
+    "none": "none",
 }
 
 
@@ -209,6 +216,60 @@ def needs_table(language: Language) -> str:
     return "\n".join(lines)
 
 
+_LENGTHS = (1024, 2048, 4096, 8192)
+_TUNINGS = {
+    "full": ["lora=null"],
+    "lora": ["lora={rank: 16}"],
+    "qlora": ["lora={rank: 16}", "model.quantization=nf4"],
+}
+
+
+def _qwen2(hidden: int, ffn: int, layers: int, heads: int, groups: int, vocabulary: int, tied: bool) -> Qwen2:
+    return Qwen2(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=tied,
+    )
+
+
+# From config.json of each size.
+MODELS = {
+    "0.5b": _qwen2(896, 4864, 24, 14, 2, 151_936, True),
+    "1.5b": _qwen2(1536, 8960, 28, 12, 2, 151_936, True),
+    "7b": _qwen2(3584, 18_944, 28, 28, 4, 152_064, False),
+    "72b": _qwen2(8192, 29_568, 80, 64, 8, 152_064, False),
+}
+
+
+def cards_table(language: Language) -> str:
+    """GB of the smallest GPU for one row at a time with recompute, by model, method, tuning and length."""
+    words = language.words
+    heads = " | ".join(words["tokens"].format(f"{length:,}") for length in _LENGTHS)
+    lines = [f"| {words['cards head']} | {heads} |", f"| --- | --- | --- |{' --- |' * len(_LENGTHS)}"]
+    for size, config in MODELS.items():
+        for method, tuning in [(method, tuning) for method in METHODS for tuning in _TUNINGS]:
+            cells = []
+            for length in _LENGTHS:
+                span = length * METHODS[method].rows.sides
+                load = Load(_one_row(method, tuning), config, "bfloat16", tokens=span, largest=span, length=span)
+                card = smallest_card(load)
+                cells.append(f"{card} GB" if card else words["none"])
+            lines.append(f"| Qwen2-{size.upper()} | {method} | {tuning} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@cache
+def _one_row(method: str, tuning: str) -> schema.Recipe:
+    """A shipped recipe, tuned so, of one row at a time with recompute."""
+    file = shipped_recipes()[f"qwen2-0.5b-instruct_{method}_full"]
+    one = ["training.per_device_train_batch_size=1", "training.recompute=true"]
+    return load_recipe(file, [*_TUNINGS[tuning], *one])
+
+
 # -- the rooms -------------------------------------------------------------------------------------------------
 
 
@@ -266,6 +327,7 @@ def rooms_drawing() -> str:
 # -- the pages -------------------------------------------------------------------------------------------------
 
 _MADE: dict[str, Callable[[Language], str]] = {
+    "cards": cards_table,
     "forms": forms_table,
     "losses": losses_table,
     "needs": needs_table,

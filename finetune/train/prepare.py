@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
@@ -20,7 +20,8 @@ from finetune.rows.mixstream import open_stream
 from finetune.rows.plan import EpochPlan, Packs, Plan, pack, plan_steps
 from finetune.rows.stream import Stream, StreamPacks, StreamPlan, StreamSettings
 from finetune.rows.table import split_dataset
-from finetune.train.estimate import Estimate, estimate
+from finetune.train.cards import CARDS, Load, least_change, smallest_card
+from finetune.train.estimate import Estimate
 from finetune.train.preflight import Settled
 from finetune.train.schedule import warmup_steps_of
 
@@ -58,7 +59,7 @@ class Prepared:
         plan: Which packs make up each step of this rank.
         reference: `dpo.reference`, where it names a model.
         world_size: Processes.
-        estimate: Parameters and memory.
+        load: What its memory depends on.
         first_rows: Training rows to show something with: all, or those that a stream begins with.
         stream: Where rows are tokenized as the run goes, the same object as `train.rows`; None where they were before.
     """
@@ -71,9 +72,14 @@ class Prepared:
     plan: Plan
     reference: ModelSource | None
     world_size: int
-    estimate: Estimate
+    load: Load
     first_rows: Any
     stream: Stream | None = None
+
+    @property
+    def estimate(self) -> Estimate:
+        """Parameters and memory."""
+        return self.load.size()
 
     @property
     def sharding_degree(self) -> int:
@@ -130,9 +136,10 @@ def prepare(settled: Settled, rank: int = 0) -> Prepared:
         plan=plan,
         reference=settled.reference,
         world_size=settled.world_size,
-        estimate=_estimate(
+        load=_load(
             settled,
             tokens=_largest_batch(train, packs, training.per_device_train_batch_size),
+            largest=_largest_batch(train, packs, 1),
             length=int(np.max(train.lengths)),
         ),
     )
@@ -185,7 +192,7 @@ def _prepare_stream(settled: Settled, rank: int) -> Prepared:
         reference=settled.reference,
         world_size=settled.world_size,
         # Lengths are not known: the most that can come.
-        estimate=_estimate(settled, tokens=size * _room(recipe), length=data.max_length),
+        load=_load(settled, tokens=size * _room(recipe), largest=_room(recipe), length=data.max_length),
         stream=stream,
     )
 
@@ -230,13 +237,14 @@ def _largest_batch(dataset: Any, packs: Packs, size: int) -> int:
     return int(np.sort(packs.sums(dataset.lengths))[::-1][:size].sum())
 
 
-def _estimate(settled: Settled, *, tokens: int, length: int) -> Estimate:
+def _load(settled: Settled, *, tokens: int, largest: int, length: int) -> Load:
     recipe = settled.recipe
-    return estimate(
+    return Load(
         recipe,
         settled.source.config,
         dtype=dtype_on(recipe.model.dtype, on_cpu=gpu_count() == 0),
-        tokens_per_micro_batch=tokens,
+        tokens=tokens,
+        largest=largest,
         length=length,
         shards=_sharding_degree(recipe, settled.world_size),
     )
@@ -249,8 +257,8 @@ def _sharding_degree(recipe: Recipe, world_size: int) -> int:
     return world_size if wanted.sharding_parallel_degree == -1 else wanted.sharding_parallel_degree
 
 
-def describe(prepared: Prepared, resumed_at: int = 0) -> None:
-    """Print what the run will do, and what of the data was cut or left out."""
+def describe(prepared: Prepared, resumed_at: int = 0, *, cards: bool = False) -> None:
+    """Print what the run will do, what of the data was cut or left out, and (`cards`) which GPUs it fits."""
     recipe, report, plan, size = prepared.recipe, prepared.train.report, prepared.plan, prepared.estimate
     training = recipe.training
     per_step = f"{training.per_device_train_batch_size} rows x {training.gradient_accumulation_steps} micro-batches" + (
@@ -277,6 +285,7 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
                 "memory, estimated",
                 f"{_size(size.total)} ({_parts(size)}){', each process' if prepared.world_size > 1 else ''}",
             ),
+            *(_cards(prepared.load) if cards else ()),
             ("output", training.output_dir),
         ],
     )
@@ -284,6 +293,17 @@ def describe(prepared: Prepared, resumed_at: int = 0) -> None:
         console.warn(note)
     for note in prepared.eval.report.notes if prepared.eval else []:
         console.warn(f"evaluation: {note}")
+
+
+def _cards(load: Load) -> list[tuple[str, str]]:
+    """The smallest GPU that a run fits, and of each smaller one what has to change."""
+    load = replace(load, dtype=dtype_on(load.recipe.model.dtype, on_cpu=False))
+    fits = smallest_card(load)
+    found = f"{fits} GB or more" if fits else f"more than {CARDS[-1]} GB"
+    rows = [("fits a GPU of", f"{found}, in {load.dtype}")]
+    for card in [card for card in CARDS if fits is None or card < fits]:
+        rows.append((f"for {card} GB", least_change(load, card) or "too small for this model and length"))
+    return rows
 
 
 def _epoch_tokens(prepared: Prepared, plan: EpochPlan) -> str:

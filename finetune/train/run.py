@@ -63,7 +63,7 @@ def train(
         check_unlocked(output)
         prepared = prepare(settled)
         start = find_start(prepared, World(), look_only=True)
-        describe(prepared, resumed_at=start.step)
+        describe(prepared, resumed_at=start.step, cards=True)
         _say_start(start, prepared)
     elif many:
         from finetune.train.processes.launch import launch

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from docs.reference import MODELS
 from finetune.model.family import Qwen2
 from finetune.recipe.load import load_recipe
 from finetune.recipe.shipped import shipped_recipes
@@ -31,27 +32,14 @@ def test_two_steps(name, tmp_path, tiny_folder):
     assert (tmp_path / "run" / "final" / "adapter_config.json").exists() == adapter
 
 
-# hidden, feed-forward, layers, heads, key-value heads, vocabulary, tied: config.json of each size
-SIZES = {
-    "0.5b": (896, 4864, 24, 14, 2, 151_936, True),
-    "1.5b": (1536, 8960, 28, 12, 2, 151_936, True),
-    "7b": (3584, 18_944, 28, 28, 4, 152_064, False),
-    "72b": (8192, 29_568, 80, 64, 8, 152_064, False),
-}
+def model_of(name: str) -> Qwen2:
+    """The model of a recipe of this name."""
+    return MODELS[name.split("-")[1].split("_")[0]]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_in_the_header_is_the_estimate(name):
-    hidden, ffn, layers, heads, kv, vocabulary, tied = SIZES[name.split("-")[1].split("_")[0]]
-    config = Qwen2(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv,
-        tie_word_embeddings=tied,
-    )
+    config = model_of(name)
     header = " ".join(line.strip("# ") for line in shipped_recipes()[name].read_text().splitlines() if "#" in line[:1])
     recipe = load_recipe(name)
     span = recipe.data.max_length * (2 if recipe.method == "dpo" else 1)

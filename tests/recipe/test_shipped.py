@@ -23,8 +23,9 @@ def test_the_set_is_whole():
         for tuning in ("lora", "full"):
             wanted = {f"qwen2-{size}_sft_{tuning}", f"qwen2-{size}-instruct_sft_{tuning}"}
             assert wanted | {f"qwen2-{size}-instruct_dpo_{tuning}"} <= names
-    for size in ("7b", "72b"):
-        assert {f"qwen2-{size}-instruct_sft_qlora", f"qwen2-{size}-instruct_dpo_qlora"} <= names
+    for size in ("0.5b", "1.5b", "7b", "72b"):
+        instruct = {f"qwen2-{size}-instruct_{method}_qlora" for method in ("sft", "dpo")}
+        assert instruct | {f"qwen2-{size}_sft_qlora"} <= names
     assert {"quickstart_sft_lora", "quickstart_sft_full"} <= names
 
 

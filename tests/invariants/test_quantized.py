@@ -1,4 +1,5 @@
-"""QLoRA is LoRA over the numbers that the codes stand for, in every way a run can go."""
+"""QLoRA is LoRA over the numbers that the codes stand for, in every way a run can go; so are 8-bit moments, DoRA and
+modules saved whole the same in pieces, packed, and after a stop."""
 
 from __future__ import annotations
 
@@ -76,26 +77,43 @@ def test_dpo_is_lora_on_the_dequantized_base(cached, whole, tmp_path, tiny_folde
         assert [mine[key] for key in PAIR_KEYS] == pytest.approx([theirs[key] for key in PAIR_KEYS], rel=1e-4, abs=1e-5)
 
 
-def test_packing_accumulation_and_recompute_change_nothing(tmp_path, tiny_folder):
-    recipe = write_recipe(tmp_path, tiny_folder, shuffle=False, per_device_train_batch_size=24)
-    quantized = ("lora={rank: 4}", *KINDS["nf4"])
-    expected = losses_and_norms(train(recipe, tmp_path / "apart", *quantized))
+LEAN = {
+    "nf4": ("lora={rank: 4}", *KINDS["nf4"]),
+    "int8": ("lora={rank: 4}", *KINDS["int8"]),
+    "dora": ("lora={rank: 4, variant: dora}",),
+    "saved": ("lora={rank: 4, modules_to_save: [embed_tokens, lm_head]}",),
+    "adamw_8bit": ("training.optim=adamw_8bit",),
+}
+
+
+@pytest.mark.parametrize("kind", LEAN)
+def test_packing_accumulation_and_recompute_change_nothing(kind, tmp_path, tiny_folder):
+    recipe = write_recipe(tmp_path, tiny_folder, shuffle=False, per_device_train_batch_size=24, max_steps=3)
+    expected = losses_and_norms(train(recipe, tmp_path / "apart", *LEAN[kind]))
     pieces = "training.per_device_train_batch_size=3", "training.gradient_accumulation_steps=8"
     for name, changes in {
         "packed": ("data.packing=true",),
         "pieces": pieces,
         "recomputed": ("training.recompute=true",),
     }.items():
-        run = train(recipe, tmp_path / name, *quantized, *changes)
+        run = train(recipe, tmp_path / name, *LEAN[kind], *changes)
         assert losses_and_norms(run) == pytest.approx(expected, rel=1e-5), name
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+RESUMED = {
+    "nf4": (LORA, *KINDS["nf4"], "training.optim=adamw_8bit"),
+    "int8": (LORA, *KINDS["int8"]),
+    "dora": ("lora={rank: 4, variant: dora, dropout: 0.3}",),
+    "saved": ("lora={rank: 4, modules_to_save: [embed_tokens]}", "training.optim=adamw_8bit"),
+}
+
+
+@pytest.mark.parametrize("kind", RESUMED)
 def test_a_stopped_run_goes_on_to_the_same_bits(kind, tmp_path, tiny_folder):
     recipe = write_recipe(tmp_path, tiny_folder, lr_scheduler_type="constant")
-    whole_run = train(recipe, tmp_path / "whole", LORA, *KINDS[kind])
-    stopped = train(recipe, tmp_path / "stopped", LORA, *KINDS[kind], "training.max_steps=2")
-    assert final_digest(train(recipe, stopped, LORA, *KINDS[kind])) == final_digest(whole_run)
+    whole_run = train(recipe, tmp_path / "whole", *RESUMED[kind])
+    stopped = train(recipe, tmp_path / "stopped", *RESUMED[kind], "training.max_steps=2")
+    assert final_digest(train(recipe, stopped, *RESUMED[kind])) == final_digest(whole_run)
 
 
 def test_another_quantization_is_another_run(tmp_path, tiny_folder, capsys):

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
+from finetune import __version__
 from finetune.console import say, warn
 from finetune.errors import FinetuneError
 from finetune.infer.open import AS_STORED, Held, Opened, open_model
@@ -37,7 +38,8 @@ from finetune.serve.errors import ApiError, shown
 from finetune.serve.guard import Access, Guard, Observed, is_loopback
 from finetune.serve.metrics import CONTENT_TYPE, Metrics
 from finetune.serve.network import Server, listen, stopping
-from finetune.serve.protocol import Plan, RequestReader
+from finetune.serve.openapi import Responses, errors, gives, takes
+from finetune.serve.protocol import HARMLESS, ChatBody, CompletionBody, Plan, RequestReader
 from finetune.serve.replies import ChatReply, TextReply, TokenTexts
 from finetune.serve.scheduler import QueueFull, Scheduler, ServerClosed, Ticket
 
@@ -168,7 +170,7 @@ def build_app(
         yield
         await asyncio.to_thread(scheduler.stop)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, title="paddle-finetune", version=__version__, docs_url=None, redoc_url=None)
     app.state.scheduler = scheduler
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -192,12 +194,22 @@ def build_app(
 
 
 def _add_routes(app: FastAPI, endpoints: _Endpoints) -> None:
-    app.add_api_route("/v1/models", endpoints.models, methods=["GET"], response_model=None)
-    app.add_api_route("/v1/models/{model:path}", endpoints.model, methods=["GET"], response_model=None)
-    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/completions", endpoints.completion, methods=["POST"], response_model=None)
-    app.add_api_route("/health", endpoints.health, methods=["GET"], response_model=None)
-    app.add_api_route("/metrics", endpoints.metrics, methods=["GET"], response_model=None)
+    asks = gives("application/json", "text/event-stream") | errors(401, 404, 413, 415, 429)
+    for path, endpoint, form in (
+        ("/v1/chat/completions", endpoints.chat, ChatBody),
+        ("/v1/completions", endpoints.completion, CompletionBody),
+    ):
+        app.add_api_route(
+            path, endpoint, methods=["POST"], response_model=None, responses=asks, openapi_extra=takes(form, HARMLESS)
+        )
+    reads: tuple[tuple[str, Callable[..., Awaitable[Response]], Responses], ...] = (
+        ("/v1/models", endpoints.models, errors(401)),
+        ("/v1/models/{model:path}", endpoints.model, errors(401, 404)),
+        ("/health", endpoints.health, errors()),
+        ("/metrics", endpoints.metrics, gives("text/plain") | errors()),
+    )
+    for path, read, answers in reads:
+        app.add_api_route(path, read, methods=["GET"], response_model=None, responses=answers)
 
 
 class _Endpoints:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.config import JsonDict
 
 from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_text
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's own, for /v1/completions
 _LONGEST_NAME = 64  # of a parameter that is looked up among the known ones
-_HARMLESS = {
+HARMLESS = {
     "user",
     "store",
     "metadata",
@@ -38,6 +39,12 @@ _HARMLESS = {
     "prompt_cache_key",
     "prompt_cache_retention",
 }
+_NULL: JsonDict = {"type": "null"}
+
+
+def _list(kind: str) -> JsonDict:
+    """How /openapi.json writes a list."""
+    return {"type": "array", "items": {"type": kind}}
 
 
 class _StreamOptions(BaseModel):
@@ -67,26 +74,30 @@ class _Body(BaseModel):
     frequency_penalty: float | None = Field(None, description="a number")
     seed: int | None = Field(None, description="a whole number")
     n: int | None = Field(None, description="a whole number")
-    stop: Any = None
-    stop_token_ids: Any = None
+    stop: Any = Field(None, json_schema_extra={"anyOf": [{"type": "string"}, _list("string"), _NULL]})
+    stop_token_ids: Any = Field(None, json_schema_extra={"anyOf": [_list("integer"), _NULL]})
     ignore_eos: bool | None = Field(None, description="true or false")
-    logit_bias: Any = None
+    logit_bias: Any = Field(None, json_schema_extra={"type": ["object", "null"]})
 
 
-class _ChatBody(_Body):
-    messages: Any
-    tools: Any = None
-    tool_choice: Any = None
+class ChatBody(_Body):
+    """Of /v1/chat/completions."""
+
+    messages: Any = Field(json_schema_extra=_list("object"))
+    tools: Any = Field(None, json_schema_extra={"anyOf": [_list("object"), _NULL]})
+    tool_choice: Any = Field(None, json_schema_extra={"type": ["string", "object", "null"]})
     max_completion_tokens: int | None = Field(None, description="a whole number")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}")
-    response_format: Any = None
-    chat_template_kwargs: Any = None
+    response_format: Any = Field(None, json_schema_extra={"type": ["object", "null"]})
+    chat_template_kwargs: Any = Field(None, json_schema_extra={"type": ["object", "null"]})
     parallel_tool_calls: bool | None = Field(None, description="true or false")
 
 
-class _CompletionBody(_Body):
-    prompt: Any
+class CompletionBody(_Body):
+    """Of /v1/completions."""
+
+    prompt: Any = Field(json_schema_extra={"type": ["string", "array"]})
     logprobs: int | None = Field(None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}")
     echo: bool | None = Field(None, description="true or false")
     suffix: str | None = Field(None, max_length=0, description="left out; it is not supported")
@@ -151,7 +162,7 @@ class RequestReader:
         Raises:
             ApiError: 400 or 404.
         """
-        body = self._body(raw, _ChatBody)
+        body = self._body(raw, ChatBody)
         tools = self._tools(body)
         logprobs = None
         if body.top_logprobs is not None and not body.logprobs:
@@ -170,7 +181,7 @@ class RequestReader:
         Raises:
             ApiError: 400 or 404.
         """
-        body = self._body(raw, _CompletionBody)
+        body = self._body(raw, CompletionBody)
         for name, value in (("echo", body.echo), ("best_of", body.best_of not in (None, body.n or 1))):
             if value:
                 raise ApiError(400, f"{name} is not supported.", param=name)
@@ -196,7 +207,7 @@ class RequestReader:
         except ValidationError as error:
             raise _invalid(error, form) from error
         for name in body.model_extra or ():
-            if name not in _HARMLESS:
+            if name not in HARMLESS:
                 hint = did_you_mean(name, form.model_fields) if len(name) < _LONGEST_NAME else ""
                 said = f"This server does not know the parameter {shown(name)}. {hint}"
                 raise ApiError(400, said.rstrip(), param=name[:80])
@@ -256,7 +267,7 @@ class RequestReader:
             )
         return sampling
 
-    def _tools(self, body: _ChatBody) -> list[dict[str, Any]] | None:
+    def _tools(self, body: ChatBody) -> list[dict[str, Any]] | None:
         tools = fields.tools(body.tools)
         choice, _ = fields.tool_choice(body.tool_choice, tools)
         if not tools or choice == "none":
@@ -265,7 +276,7 @@ class RequestReader:
             raise ApiError(400, "The model's chat template does not know tools.", param="tools")
         return tools
 
-    def _grammar(self, body: _ChatBody, tools: list[dict[str, Any]] | None) -> Grammar | None:
+    def _grammar(self, body: ChatBody, tools: list[dict[str, Any]] | None) -> Grammar | None:
         """What the answer must be: calls of tools, or JSON."""
         schema = fields.response_schema(body.response_format)
         choice, wanted = fields.tool_choice(body.tool_choice, tools or [])
@@ -286,7 +297,7 @@ class RequestReader:
         except CheckpointError as error:
             raise ApiError(400, "The model has no chat template; use /v1/completions.") from error
 
-    def _render(self, body: _ChatBody, tools: list[dict[str, Any]] | None) -> str:
+    def _render(self, body: ChatBody, tools: list[dict[str, Any]] | None) -> str:
         self._template_knows_tools(tools)
         messages = fields.messages(body.messages, self._context)
         for message in messages:

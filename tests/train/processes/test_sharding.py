@@ -87,9 +87,11 @@ def test_a_run_sharded_for_half_its_steps_ends_with_the_same_bits(
 
     def train(run: str, steps: int, *more: str) -> Path:
         output = tmp_path / run
+        goes_on = output.exists()
         settings = [f"training.output_dir={output}", f"training.max_steps={steps}", *overrides, *more]
         done = finetune_process("train", recipe, *settings, "--nproc", str(processes))
         assert done.returncode == 0, done.stderr
+        assert ("resumed after step" in done.stderr) == goes_on
         return output
 
     plain = train("plain", 4, "training.save_steps=2")

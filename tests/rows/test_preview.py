@@ -15,9 +15,8 @@ from tests.chat.conftest import From, Settings
 def recipe(tokenizer, write, tmp_path, monkeypatch):
     """A recipe over a few rows; the model's folder has only a tokenizer."""
     tokenizer.save(tmp_path / "model")
-    monkeypatch.setattr(
-        finetune.rows.preview, "resolve_model", lambda name: SimpleNamespace(tokenizer_folder=tmp_path / "model")
-    )
+    source = SimpleNamespace(tokenizer_folder=tmp_path / "model", config=SimpleNamespace(vocab_size=len(tokenizer)))
+    monkeypatch.setattr(finetune.rows.preview, "resolve_model", lambda name: source)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
 
     def make(*rows: dict, method="sft", **data):

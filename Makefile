@@ -40,7 +40,7 @@ help:
 	@echo 'make types     what mypy finds'
 	@echo 'make quick     the tests that start no training, in a minute and a half'
 	@echo 'make test      make check, then the whole test suite with the coverage it must reach'
-	@echo 'make soak      100 kills of training runs, every damage to a checkpoint, 40,000 fuzz cases; about 10 minutes'
+	@echo 'make soak      100 kills of training runs, every damage to a checkpoint, 40,000 fuzz cases, 5,000 request bodies; FINETUNE_SOAK_BODIES=100 for about 10 minutes'
 	@echo 'make install   only make .venv and install the pinned dependencies, which the others do when needed'
 	@echo 'make parity    compare with torch, transformers, trl and peft, in an environment of their own'
 	@echo 'make bench     speed and memory beside TRL on this machine; hours. BENCH="sft_lora --rounds 1" for less'

@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from finetune.chat.messages import Conversation
 from finetune.chat.tokenizer import Tokenizer
-from finetune.model.adapters import LoraSettings, peft_config
+from finetune.model.adapter_config import peft_config
+from finetune.model.adapters import LoraSettings
 from finetune.recipe.schema import Source
 from finetune.rows.datafiles import find_files
 from finetune.rows.dataset import build_dataset

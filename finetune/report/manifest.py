@@ -37,8 +37,8 @@ _SECRET_NAME = (
 _REDACTIONS = (
     # https://user:password@host, and as a path, which has one slash there
     (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*:/{1,2})[^/\s@]+@"), rf"\1{HIDDEN}@"),
-    # ?token=..., KEY=VALUE, "password: ..."
-    (re.compile(rf"(?i)({_SECRET_NAME}(?:=|:\s*))[^\s&;,'\"]+"), rf"\1{HIDDEN}"),
+    # ?token=..., KEY=VALUE, "password: ..."; a sentence that ends in "token:" goes on with rows, FILE:NUMBER
+    (re.compile(rf"(?i)({_SECRET_NAME}(?:=|:(?!\s+\S+\.\w+:\d+\b)\s*))[^\s&;,'\"]+"), rf"\1{HIDDEN}"),
     # tokens that are known by their form: Hugging Face, OpenAI, GitHub, AWS
     (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|AKIA)[\w-]{12,}"), HIDDEN),
 )

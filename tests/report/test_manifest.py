@@ -61,6 +61,11 @@ def test_installed_versions_leave_out_what_is_missing():
         ("hf_token=abc", "hf_token=***"),
         ("using hf_abcdefghijklmnopqrstuv here", "using *** here"),
         ("password: secret1", "password: ***"),
+        ("token: eyJhbGci.eyJzdWIi.c2ln, next", "token: ***, next"),
+        (
+            "no supervised token: data/a.jsonl:1, data/a.jsonl:2.",
+            "no supervised token: data/a.jsonl:1, data/a.jsonl:2.",
+        ),
         (
             "model.path=Qwen/Qwen2-0.5B max_new_tokens=5 eos_token=x",
             "model.path=Qwen/Qwen2-0.5B max_new_tokens=5 eos_token=x",

@@ -273,7 +273,7 @@ def export(
             help="Weights' numbers; auto keeps them, q8_0 is for gguf only.",
         ),
     ] = "auto",
-    verify: Annotated[bool, typer.Option("--verify", help="Read the result back and compare logits.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read the result back and compare it.")] = False,
     allow_pickle: Annotated[
         bool,
         typer.Option(

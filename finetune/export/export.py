@@ -6,9 +6,10 @@ The weights go from file to file one at a time; paddle is loaded only to verify.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import ArgumentError, FinetuneError
@@ -33,6 +34,9 @@ from finetune.model.write import (
     write_paddle,
 )
 
+if TYPE_CHECKING:
+    from finetune.export.verify import Likeness
+
 _WRITERS = {"hf": write_hf, "paddle": write_paddle}  # of whole models; peft and gguf have their own ways below
 
 
@@ -45,7 +49,7 @@ class Written:
         format, dtype: As written; never `auto`.
         tensors, parameters, size: Number of tensors, of numbers in them, and bytes of all files.
         merged: What was folded in, or None.
-        difference, limit: Largest logit difference of the verification and what is allowed; None without it.
+        likeness: What the verification found; None without it.
     """
 
     folder: Path
@@ -55,8 +59,7 @@ class Written:
     parameters: int
     size: int
     merged: str | None
-    difference: float | None = None
-    limit: float | None = None
+    likeness: Likeness | None = None
 
 
 def export(
@@ -77,7 +80,7 @@ def export(
         format: hf, paddle, peft (the adapter alone) or gguf.
         dtype: auto (as the model is stored; what is quantized becomes float32), float32, bfloat16, float16; gguf also
             q8_0, q5_1, q5_0, q4_1, q4_0.
-        verify: Read the result back and compare its logits with the model's.
+        verify: Read the result back and compare its tensors, logits and predictions with the model's.
         allow_pickle: Read pickled weights too, see `finetune.model.pickled`.
         say: Where the summary goes, one line each.
 
@@ -106,15 +109,15 @@ def _export(
         return written
     from finetune.export.verify import compare
 
-    difference, limit = compare(source, output_dir, format, written.dtype)
-    if not difference <= limit:
+    likeness = compare(source, output_dir, format, written.dtype)
+    if likeness.faults:
         raise FinetuneError(
-            f"the largest logit difference to the model is {difference:.3g}, above {limit:.3g} for {written.dtype}",
+            "; ".join(likeness.faults),
             where=str(output_dir),
             fix="Do not use what was written" + ("; try --dtype float32." if written.dtype != "float32" else "."),
         )
-    say(f"Verified: largest logit difference {difference:.3g} (limit {limit:.3g} for {written.dtype}).")
-    return Written(**{**written.__dict__, "difference": difference, "limit": limit})
+    say(str(likeness))
+    return replace(written, likeness=likeness)
 
 
 def _tokens_beyond(source: ModelSource) -> str:

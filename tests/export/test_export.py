@@ -48,7 +48,7 @@ def test_an_adapter_in_every_format(format, adapter, tmp_path):
     lines = []
     written = export(folder, tmp_path / "out", format=format, verify=True, say=lines.append)
     assert np.abs(logits(load(tmp_path / "out")) - expected).max() < 1e-4
-    assert written.difference < 5e-5 and written.limit == 1e-4 and written.dtype == "float32"
+    assert written.likeness.difference < 5e-5 and written.likeness.limits is None and written.dtype == "float32"
     assert len(lines) == 2 and "Verified" in lines[1]
     assert ("merged" in lines[0]) == (format != "peft")
 
@@ -59,13 +59,13 @@ def test_dtypes(dtype, item, adapter, tmp_path):
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {array.dtype.name for array in stored.values()} == {dtype}
     assert written.parameters == sum(array.size for array in stored.values())
-    assert written.difference <= written.limit
+    assert not written.likeness.faults
 
 
 def test_auto_keeps_the_dtype_and_the_bits(tmp_path):
     folder = tiny_model(tmp_path / "m", tied=False, dtype="bfloat16", max_shard_bytes=40_000)
     written = export(folder, tmp_path / "out", verify=True, say=lambda line: None)
-    assert (written.dtype, written.difference) == ("bfloat16", 0.0)
+    assert (written.dtype, written.likeness.difference, written.likeness.divergence) == ("bfloat16", 0.0, 0.0)
     stored, expected = load_file(tmp_path / "out" / "model.safetensors"), tiny_weights(tied=False, dtype="bfloat16")
     assert stored.keys() == expected.keys()
     assert all(stored[name].tobytes() == expected[name].tobytes() for name in expected)
@@ -84,7 +84,7 @@ def test_gguf(tied, dtype, tmp_path):
     gguf = pytest.importorskip("gguf")
     folder = tiny_model(tmp_path / "m", tied=tied)
     written = export(folder, tmp_path / "out", format="gguf", dtype=dtype, verify=True, say=lambda line: None)
-    assert written.difference <= written.limit
+    assert not written.likeness.faults
     reader = gguf.GGUFReader(next((tmp_path / "out").glob("*.gguf")))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     expected = tiny_weights(tied=tied)
@@ -160,7 +160,7 @@ def test_every_number_format_of_gguf_by_command(tiny_untied_folder, tmp_path, ca
         out = tmp_path / dtype
         assert finetune("export", tiny_untied_folder, out, "--format", "gguf", "--dtype", dtype, "--verify") == 0
         assert [path.name for path in out.iterdir()] == [f"model-{name}.gguf"]
-        assert "Verified: largest logit difference" in capsys.readouterr().out
+        assert "Verified: 27 tensors as they should be" in capsys.readouterr().out
     assert finetune("export", tiny_untied_folder, tmp_path / "hf", "--dtype", "q8_0") == 2
     assert "--dtype" in capsys.readouterr().err
 
@@ -177,7 +177,7 @@ def test_what_goes_wrong_is_found_by_verify(adapter, tmp_path, monkeypatch):
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setitem(module._WRITERS, "hf", spoiled)
-    with pytest.raises(FinetuneError, match="largest logit difference"):
+    with pytest.raises(FinetuneError, match="model.norm.weight is not the model's; the largest logit difference"):
         export(adapter[0], tmp_path / "out", verify=True, say=lambda line: None)
 
 

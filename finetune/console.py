@@ -216,25 +216,26 @@ class Bar:
         parts += [(index + 2, format_field(name, value)) for index, (name, value) in enumerate(self.fields.items())]
         rate = self.mean_rate if last else self.rate
         if rate:
-            parts.append((len(parts) + 2, format_rate(rate, self.unit)))
+            parts.append((len(self.fields) + 3, format_rate(rate, self.unit)))
         if last:
             whole = not self.stopped and (self.total is None or self.done >= self.total)
-            parts.append((1, f"{'in' if whole else 'stopped after'} {format_seconds(self.elapsed)}"))
+            # What an inner bar leaves on the screen is its figures, which count more than its time.
+            rank = len(self.fields) + 2 if whole and self.stays else 1
+            parts.append((rank, f"{'in' if whole else 'stopped after'} {format_seconds(self.elapsed)}"))
         elif self.eta is not None:
             parts.append((1, f"ETA {format_seconds(self.eta)}"))
         elif self.total is None:
             parts.append((1, format_seconds(self.elapsed)))
         return parts
 
-    def line(self, last: bool = False) -> str:
-        """Write the bar as one line of plain text."""
-        return "  ".join(text for _, text in self.parts(last))
+    def line(self, last: bool = False, width: int | None = None) -> str:
+        """Write the bar as one line of plain text, in at most `width` columns by leaving out what does not fit."""
+        parts = self.parts(last)
+        return "  ".join(text for _, text in (parts if width is None else _fitting(parts, width)))
 
     def render(self, width: int, ascii_only: bool = False) -> Text:
         """Draw the bar in at most `width` columns, leaving out what does not fit."""
-        parts = self.parts()
-        while len(parts) > 1 and len("  ".join(text for _, text in parts)) > width:
-            parts.remove(max(parts))
+        parts = _fitting(self.parts(), width)
         head, rest = parts[0][1], "".join(f"  {text}" for _, text in parts[1:])
         room = min(BAR_WIDTH, width - len(head) - len(rest) - 2)
         line = Text(no_wrap=True, overflow="crop", end="")
@@ -246,6 +247,14 @@ class Bar:
         line.append(rest)
         line.truncate(max(1, width))
         return line
+
+
+def _fitting(parts: list[tuple[int, str]], width: int) -> list[tuple[int, str]]:
+    """The parts of a bar's line that stay in `width` columns; the first always does."""
+    kept = list(parts)
+    while len(kept) > 1 and len("  ".join(text for _, text in kept)) > width:
+        kept.remove(max(kept))
+    return kept
 
 
 class _Display:
@@ -283,12 +292,12 @@ class _Display:
         self._bars.remove(bar)
         if self._live is None:
             say(bar.line(last=True))
-        elif outermost:
+            return
+        if outermost:
             self._live.stop()
             self._live = None
-            say(bar.line(last=True))
-        elif bar.stays:
-            say(bar.line(last=True))
+        if outermost or bar.stays:
+            say(bar.line(last=True, width=console.width - 1))
 
     def _render(self) -> Text:
         # A row is kept free, since some terminals wrap at the last column.

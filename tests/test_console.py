@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from finetune import console
 
@@ -293,3 +294,18 @@ def test_an_inner_bar_that_stays_leaves_its_line_above_the_live_one(terminal):
         lines = terminal.getvalue().replace("\r", "\n").splitlines()
     assert any("evaluate 1/1  step 1  eval loss 0.5000" in line for line in lines)
     assert "train 1/4  loss 1.5000  accuracy 0.7500  margin 0.2500" in bar.line()
+
+
+def test_a_closing_line_fits_the_terminal(monkeypatch):
+    """80 columns, and DPO has more to say: an evaluation keeps its figures, the run its end."""
+    file = Terminal()
+    monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, width=80, highlight=False))
+    with console.progress(2, "train") as bar:
+        with console.progress(3, "evaluate", "batch", stays=True) as inner:
+            shown = {"eval_loss": 0.5751, "eval_rewards/accuracies": 1.0, "eval_rewards/margins": 0.7837}
+            inner.advance(3, step=1000, **shown)
+        bar.advance(2, tokens_per_second=123456.0, loss=0.5, **{f"field{number}": 0.25 for number in range(4)})
+    plain = [Text.from_ansi(line).plain for line in file.getvalue().splitlines()]
+    assert max(map(len, plain)) < 80
+    assert "evaluate 3/3  step 1,000  eval loss 0.5751  accuracy 1.0000  margin 0.7837" in plain
+    assert plain[-1].startswith("train 2/2") and plain[-1].endswith("  in 0:00")

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.errors import CheckpointError, did_you_mean
+from finetune.errors import CheckpointError, nearest
 from finetune.files import read_json
 from finetune.model.adapter_config import parse_paddle_config, parse_peft_config
 from finetune.model.adapters import LoraSettings
@@ -131,7 +131,8 @@ def _nearest_folder(folder: Path) -> str:
         siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()]
     except OSError:
         return f"There is no folder {folder.parent} either."
-    return did_you_mean(folder.name, siblings)
+    near = nearest(folder.name, siblings)
+    return f"Did you mean {folder.with_name(near)}?" if near else ""
 
 
 def _from_folder(folder: Path, name: str) -> ModelSource:

@@ -100,9 +100,16 @@ def test_a_checkpoint_and_a_run(tiny_folder, tmp_path):
 
 def test_nothing_there_names_the_nearest(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "my-model")
-    assert "Did you mean my-model?" in refused(tmp_path / "my-modle")
+    assert f"Did you mean {tmp_path / 'my-model'}?" in refused(tmp_path / "my-modle")
     assert "Did you mean" in refused(tmp_path)
     assert "Qwen/Qwen2-1.5B-Instruct" in refused("Qwen/Qwen2-1.5B-Instuct")
+
+
+def test_a_name_that_could_be_a_hubs_is_compared_with_the_folders_here(tiny_folder, tmp_path, monkeypatch):
+    shutil.copytree(tiny_folder, tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    assert "Did you mean my-model?" in refused("my-modle")
+    assert "Did you mean" not in refused("another")
 
 
 def test_things_that_are_no_model(tmp_path, tiny_folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 
 from finetune.errors import FinetuneError, HubError, did_you_mean
@@ -49,6 +50,17 @@ def explain(error: BaseException, repo: Repo, hub: Hub, *, reached: bool = False
     return None
 
 
+def _probable(repo: Repo) -> list[str]:
+    """What a model's name was probably meant to be: a known model, or where it has no owner, a folder here."""
+    if repo.kind != "model":
+        return []
+    try:
+        here = [] if "/" in repo.id else sorted(entry.name for entry in os.scandir() if entry.is_dir())
+    except OSError:  # the current folder was removed, or may not be listed
+        here = []
+    return [*here, *KNOWN_MODELS]
+
+
 def is_refused(error: BaseException) -> bool:
     """Whether the hub answered that there is nothing for this user, so that what is cached must not be used."""
     return any(_status(cause) in (401, 403, 404) for cause in _causes(error))
@@ -57,11 +69,10 @@ def is_refused(error: BaseException) -> bool:
 def refusal(status: int, retry_after: str | None, repo: Repo, hub: Hub) -> FinetuneError:
     """What a hub's HTTP status means for the user."""
     kind = user_error(repo.kind)
-    known = KNOWN_MODELS if repo.kind == "model" else ()
     token = f"Set {hub.token} to a token that may read it." if hub.token else "It may have been moved."
     if status == 401:
         what = f"{hub.title} does not show it (401): it is private or gated, or there is no such {repo.kind}"
-        return kind(what, where=str(repo), fix=did_you_mean(repo.id, known, token))
+        return kind(what, where=str(repo), fix=did_you_mean(repo.id, _probable(repo), token))
     if status == 403:
         what = f"{hub.title} does not give access to it (403)"
         return kind(what, where=str(repo), fix=f"Accept its terms on its page, if it has any. {token}")
@@ -69,7 +80,7 @@ def refusal(status: int, retry_after: str | None, repo: Repo, hub: Hub) -> Finet
         what = f"there is neither such a folder here nor such a {repo.kind} on {hub.title} (404)"
         if repo.revision:
             what = f"{hub.title} has no such {repo.kind}, or it has no revision {repo.revision!r} (404)"
-        return kind(what, where=str(repo), fix=did_you_mean(repo.id, known, f"If it is private: {token}"))
+        return kind(what, where=str(repo), fix=did_you_mean(repo.id, _probable(repo), f"If it is private: {token}"))
     if status == 429:
         wait = f"in {retry_after} seconds" if retry_after and retry_after.isdigit() else "in some minutes"
         what = f"{hub.title} has had too many requests from here (429)"
@@ -79,11 +90,10 @@ def refusal(status: int, retry_after: str | None, repo: Repo, hub: Hub) -> Finet
 
 def unreachable(repo: Repo, hub: Hub, reason: str) -> FinetuneError:
     """The hub cannot be asked, and nothing is cached."""
-    known = KNOWN_MODELS if repo.kind == "model" else ()
     return user_error(repo.kind)(
         f"there is no such folder here, it is not in the hub cache, and {hub.title} cannot be reached ({reason})",
         where=str(repo),
-        fix=did_you_mean(repo.id, known, f"Go online, or copy the {repo.kind}'s folder here and name it."),
+        fix=did_you_mean(repo.id, _probable(repo), f"Go online, or copy the {repo.kind}'s folder here and name it."),
     )
 
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -43,16 +46,28 @@ def paddle() -> ModuleType:
     for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
         warnings.filterwarnings("ignore", category=category)
     bring_openmp()
-    import paddle as module
+    with _sigterm_waits():
+        import paddle as module
 
-    defer_paddlenlp()
-    from paddlenlp.utils.log import logger
+        defer_paddlenlp()
+        from paddlenlp.utils.log import logger
 
-    module.disable_signal_handler()  # as paddlenlp does: a signal is Python's, without a C++ stack trace
+        module.disable_signal_handler()  # as paddlenlp does: a signal is Python's, without a C++ stack trace
 
     logger.set_level("ERROR")
     logging.getLogger("paddle").setLevel(logging.ERROR)
     return module
+
+
+@contextmanager
+def _sigterm_waits() -> Iterator[None]:
+    """Keep SIGTERM back until the end. Paddle's own handler, in place while paddle is imported, allocates memory in
+    whatever the signal interrupts: it prints a C++ stack, or glibc aborts on a heap found half changed."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def threads() -> int:

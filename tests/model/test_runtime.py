@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -75,3 +76,13 @@ def _run(*lines: str) -> None:
     command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
+
+
+def test_sigterm_while_paddle_loads_ends_the_process_without_a_word():
+    """Half of the import is behind it; paddle's own handler, in place by then, would print a C++ stack or crash."""
+    code = (
+        "import os, signal, finetune.model.runtime as runtime; "
+        "runtime.defer_paddlenlp = lambda: os.kill(os.getpid(), signal.SIGTERM); runtime.paddle()"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (-signal.SIGTERM, "", "")

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -111,6 +112,18 @@ def gpu_count() -> int:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
     return there if visible is None else min(there, sum(bool(name.strip()) for name in visible.split(",")))
+
+
+def device_bytes() -> int:
+    """Memory of the device in use: a GPU's own, else the part of main memory that this process may take."""
+    library = paddle()
+    if device() != "cpu":
+        return int(library.device.cuda.get_device_properties().total_memory)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), resource.getrlimit(resource.RLIMIT_AS)[0]]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container: cgroup v2, v1
+        with suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii")))
+    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
 def dtype_on(name: str, *, on_cpu: bool) -> str:

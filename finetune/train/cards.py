@@ -1,4 +1,7 @@
-"""Which GPU a run fits, by the estimate, and the least change that makes it fit a smaller one. No paddle here."""
+"""Which GPU a run fits, by the estimate, and the least change that makes it fit a smaller one or what is here.
+
+No paddle here.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class Load:
             shards=self.shards,
         )
 
-    def fits(self, card: int) -> bool:
+    def fits(self, card: float) -> bool:
         """Whether a card of so many GB has room for it."""
         return self.size().total * (1 + _FRAGMENTED) + _CONTEXT_BYTES <= card * 10**9
 
@@ -63,7 +66,17 @@ def smallest_card(load: Load) -> int | None:
     return next((card for card in CARDS if load.fits(card)), None)
 
 
-def least_change(load: Load, card: int) -> str | None:
+def change_after(load: Load, gigabytes: float) -> str | None:
+    """The cheapest arguments for a run that was out of memory on a device of so many GB; None where there are none.
+
+    Where the estimate has room for it, something else had taken memory, or the estimate is too low: then a change is
+    named that takes a tenth of the run.
+    """
+    less = 0.9 * load.size().total * (1 + _FRAGMENTED) + _CONTEXT_BYTES
+    return least_change(load, min(gigabytes, less / 10**9))
+
+
+def least_change(load: Load, card: float) -> str | None:
     """The cheapest KEY=VALUE arguments that make a run fit a card; None where all together do not.
 
     They are taken in the order of what they cost (`_CHANGES`) until the run fits; then those go again, the dearest

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from finetune import console
 from finetune.errors import FinetuneError, Interrupted, StorageError, TrainingError, UserError
 from finetune.files import replace_file, write_fault
+from finetune.model.runtime import device, device_bytes
 from finetune.recipe.load import dump_recipe
 from finetune.report.manifest import build_manifest, write_manifest
 from finetune.report.metrics import MetricsWriter
 from finetune.report.page import write_report
+from finetune.train.cards import change_after, least_change
 from finetune.train.checkpoint import list_steps
 from finetune.train.lock import check_unlocked, locked
 from finetune.train.preflight import Settled, settle
@@ -90,6 +92,7 @@ def _run(settled: Settled, world: World, answer: Answer | None) -> None:
         return
     if world.is_main:
         describe(prepared, resumed_at=start.step)
+        _warn_of_memory(prepared, world)
         _say_start(start, prepared)
     _guard(prepared, world, start, started, answer)
 
@@ -147,7 +150,7 @@ def _guard(prepared: Prepared, world: World, start: Start, started: datetime, an
         raise TrainingError(
             "memory ran out",
             where=f"step {session.state.step + 1}" if session else "loading the model",
-            fix=_less_memory(recipe, bool(start.checkpoint or list_steps(output / "checkpoints"))),
+            fix=_less_memory(prepared, world, bool(start.checkpoint or list_steps(output / "checkpoints"))),
         ) from error
     finally:
         if prepared.stream is not None:
@@ -180,13 +183,32 @@ def _again(recipe: Recipe) -> str:
     return "run it again with training.resume_from_checkpoint=auto"
 
 
-def _less_memory(recipe: Recipe, going_on: bool) -> str:
-    """What to lower when memory ran out; a run that goes on from a checkpoint keeps its batches and lengths."""
-    smaller = "training.per_device_train_batch_size (and raise training.gradient_accumulation_steps)"
+def _gigabytes(world: World) -> float:
+    """Memory of the device in use, of 10^9 bytes; processes on a CPU share it."""
+    return device_bytes() / (world.size if device() == "cpu" else 1) / 10**9
+
+
+def _warn_of_memory(prepared: Prepared, world: World) -> None:
+    """Say before weights load that the run will not fit: a system that kills it leaves nobody to say it."""
+    gigabytes = _gigabytes(world)
+    if not prepared.load.fits(gigabytes):
+        change = least_change(prepared.load, gigabytes)
+        advice = f"the cheapest change: {change}" if change else "no change makes it fit; take a smaller model"
+        console.warn(f"by the estimate this is too large for the {gigabytes:.1f} GB here; {advice}")
+
+
+def _less_memory(prepared: Prepared, world: World, going_on: bool) -> str:
+    """What to change when memory ran out; a run that goes on from a checkpoint keeps all but recompute."""
+    recipe, gigabytes = prepared.recipe, _gigabytes(world)
+    change = change_after(prepared.load, gigabytes)
+    if change is None:
+        return f"By the estimate no change makes it fit the {gigabytes:.1f} GB here: take a smaller model."
     if not going_on:
-        return f"Lower {smaller}, lower data.max_length, or set training.recompute: true; then {_again(recipe)}."
-    anew = f"To lower {smaller} or data.max_length, start a new run in another training.output_dir."
-    return anew if recipe.training.recompute else f"To go on, set training.recompute: true and {_again(recipe)}. {anew}"
+        return f"The cheapest change by the estimate: run the same command with {change}"
+    anew = f"start a new run in another training.output_dir with {change}"
+    if recipe.training.recompute:
+        return f"The cheapest change by the estimate: {anew}"
+    return f"To go on, set training.recompute: true and {_again(recipe)}. Or {anew}"
 
 
 def _stopped_by(fault: FinetuneError, step: int, total: int, again: str) -> FinetuneError:

@@ -263,15 +263,38 @@ def test_a_disk_that_fills_up_under_the_best_model_is_told_and_leaves_no_part_of
 def test_the_end_of_memory_after_a_checkpoint_names_what_may_still_change(tmp_path, tiny_folder, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, tiny_folder, save_steps=1)
 
-    def run_out() -> None:
-        raise MemoryError
-
     with before_step(monkeypatch, 1, run_out):
         assert finetune("train", recipe) == 1
     said = capsys.readouterr().err
     assert "To go on, set training.recompute: true and run the same command again." in said
-    assert "training.per_device_train_batch_size" in said and "start a new run in another training.output_dir" in said
+    assert "Or start a new run in another training.output_dir with training.per_device_train_batch_size=1" in said
     assert finetune("train", recipe, "training.recompute=true") == 0
+
+
+def run_out() -> None:
+    """Ask paddle for more than there can be."""
+    import paddle
+
+    paddle.empty([2**44])
+
+
+def test_the_end_of_memory_ends_with_the_advice_of_the_dry_run(tmp_path, tiny_folder, monkeypatch, capsys):
+    from finetune.train import run
+
+    recipe = write_recipe(tmp_path, tiny_folder)
+    monkeypatch.setattr(run, "device_bytes", lambda: 803_000_000)  # 3 MB beside what is kept free
+    with before_step(monkeypatch, 0, run_out):
+        assert finetune("train", recipe) == 1
+    said = capsys.readouterr().err
+    assert "this is too large for the 0.8 GB here; the cheapest change: " in said
+    change = said.rpartition(" run the same command with ")[2].strip()
+    assert f"the cheapest change: {change}\n" in said and "step 1: memory ran out" in said
+    assert finetune("train", recipe, *change.split(" ")) == 0
+    assert "too large" not in capsys.readouterr().err
+    monkeypatch.setattr(run, "device_bytes", lambda: 800_000_000)
+    with before_step(monkeypatch, 0, run_out):
+        assert finetune("train", recipe, f"training.output_dir={tmp_path / 'none'}") == 1
+    assert "no change makes it fit the 0.8 GB here: take a smaller model." in capsys.readouterr().err
 
 
 MEMORY = """
@@ -298,8 +321,8 @@ def test_the_end_of_memory_says_what_to_lower(tmp_path):
     )
     assert done.returncode == 1, done.stderr
     said = done.stderr.splitlines()[-1]
-    assert "step 1: memory ran out" in said and "training.per_device_train_batch_size" in said
-    assert "training.recompute" in said and "Traceback" not in done.stderr
+    assert "step 1: memory ran out" in said and "Traceback" not in done.stderr
+    assert said.endswith("with training.per_device_train_batch_size=1 training.gradient_accumulation_steps=24")
 
 
 def start(recipe: Path, *options: str) -> subprocess.Popen:

@@ -178,6 +178,9 @@ def _first_error(folder: Path, codes: list[int], asked: bool) -> FinetuneError:
         return Interrupted(STOPPED_UNSAVED)
     if not reports:
         failed = next(code for code in codes if code)
+        if failed == -signal.SIGKILL:
+            what = "a training process was killed, as the system does where memory runs out"
+            return TrainingError(what, fix="The same command with --dry-run names the cheapest change that takes less.")
         return TrainingError(f"a training process ended with code {failed} and without a message")
     # One rank's fault stops the others, so what the user can mend goes first.
     first = min(reports, key=lambda report: (report["exit_code"] != UserError.exit_code, report["time"]))

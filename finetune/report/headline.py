@@ -24,15 +24,22 @@ class Trend:
 
     Attributes:
         count: Finite values.
+        mean: Of all of them.
         first, last: Means of the first and the last tenth, so that one lucky batch makes no headline.
         clear: Whether they differ by more than the noise: three standard errors of the two means, the noise of one
             value taken from the differences of neighbours (von Neumann et al. 1941), which a trend hardly changes.
     """
 
     count: int
+    mean: float
     first: float
     last: float
     clear: bool
+
+    @property
+    def level(self) -> float:
+        """Where it stands: the last tenth where it went somewhere, else all there is."""
+        return self.last if self.clear else self.mean
 
 
 def trend(line: Series) -> Trend | None:
@@ -44,7 +51,7 @@ def trend(line: Series) -> Trend | None:
     first, last = float(values[:tenth].mean()), float(values[-tenth:].mean())
     noise = math.sqrt(float(np.square(np.diff(values)).mean()) / 2) if len(values) > 1 else math.inf
     clear = abs(last - first) > _CLEAR * noise * math.sqrt(2 / tenth) and not math.isclose(first, last, rel_tol=_SAME)
-    return Trend(len(values), first, last, clear)
+    return Trend(len(values), float(values.mean()), first, last, clear)
 
 
 def sentences(rows: Rows) -> str:
@@ -58,7 +65,7 @@ def sentences(rows: Rows) -> str:
     elif loss is not None and loss.count > 1:
         same = math.isclose(loss.first, loss.last, rel_tol=_SAME)
         parts.append(
-            f"Training loss {'stayed at' if same else 'changed by no more than its noise, around'} {loss.last:.3g}."
+            f"Training loss {'stayed at' if same else 'changed by no more than its noise, around'} {loss.mean:.3g}."
         )
     return " ".join(parts)
 
@@ -88,8 +95,13 @@ def _ranking(rows: Rows) -> Iterator[str]:
     held_out, training = _last(rows, f"eval_{_ACCURACY}"), trend(series(rows, _ACCURACY, ""))
     if held_out is not None:
         yield f"At the end the chosen answer is preferred in {held_out:.0%} of the evaluation pairs."
+    elif training is not None and training.clear:
+        yield (
+            f"The chosen answer was preferred in {training.first:.0%} of the training pairs at the start, "
+            f"in {training.last:.0%} at the end."
+        )
     elif training is not None:
-        yield f"At the end the chosen answer is preferred in {training.last:.0%} of the training pairs."
+        yield f"The chosen answer was preferred in {training.mean:.0%} of the training pairs."
 
 
 def _last(rows: Rows, key: str) -> float | None:
@@ -113,13 +125,19 @@ def figures(rows: Rows) -> Iterator[tuple[str, str, str]]:
         if held_out is not None:
             yield name, f"{held_out:{form}}", "evaluation"
         elif training is not None:
-            yield name, f"{training.last:{form}}", _remark(training, form)
+            yield name, f"{training.level:{form}}", _remark(training, form)
     loss = trend(series(rows, "loss", ""))
     if loss is not None:
-        yield "Training loss", f"{loss.last:.3g}", _remark(loss, ".3g")
+        yield "Training loss", f"{loss.level:.3g}", _remark(loss, ".3g")
+
+
+def speaks_of_tenths(rows: Rows) -> bool:
+    """Whether a figure of training is the mean over a tenth of several steps, which the page has to say."""
+    trends = (trend(series(rows, key, "")) for key in ("loss", _ACCURACY, _MARGIN))
+    return any(of is not None and of.clear and of.count >= 20 for of in trends)
 
 
 def _remark(of: Trend, form: str) -> str:
     if of.clear:
         return f"from {of.first:{form}}"
-    return "at the last step" if of.count < 20 else "mean of the last tenth"
+    return "mean of all steps" if of.count > 1 else "the only one logged"

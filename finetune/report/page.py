@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ def write_report(run_folder: str | Path) -> Path:
 
     Args:
         run_folder: Holds metrics.jsonl, recipe.yaml, manifest.json, and samples.json: a list of objects with `prompt`,
-            `after`, and, if known, `reference` and `before`.
+            `after`, and, if known, `plain` (the prompt without tags), `reference` and `before`.
 
     Returns:
         The path of the page, replaced whole.
@@ -111,7 +112,7 @@ def render_report(run: Run) -> str:
         tiles=list(_tiles(run)),
         charts=charts,
         smoothed=any(line.kind == "raw" for chart in charts for line in chart.lines),
-        averaged=sum("loss" in row for row in run.rows) >= 20,  # from there on a tenth is more than one value
+        averaged=headline.speaks_of_tenths(run.rows),
         samples=[_sample(sample) for sample in run.samples[:MAX_SAMPLES]],
         samples_left=max(0, len(run.samples) - MAX_SAMPLES),
         matches=_matches(run.samples),
@@ -252,7 +253,7 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
             right = None if reference is None else str(sample[key]).strip() == str(reference).strip()
             answers.append({"name": key, "text": _clip(sample[key]), "right": right})
     prompt = sample.get("prompt", "")
-    turns = _turns(prompt)
+    turns = _turns(prompt, sample.get("plain", prompt))
     return {
         "turns": [(role, _clip(text)) for role, text in turns],
         "prompt": _clip(prompt) if isinstance(prompt, str) else None,
@@ -261,8 +262,8 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _turns(prompt: Any) -> list[tuple[str, str]]:
-    """What a prompt says, as (role, text), without tags: messages, or a text of ChatML. Else the text by itself.
+def _turns(prompt: Any, plain: Any) -> list[tuple[str, str]]:
+    """What a prompt says, as (role, text), without tags: messages, or a text of ChatML. Else its plain text.
 
     Left out are the system prompt that Qwen2's template puts in and the header that asks for the answer, and the role
     where there is one turn.
@@ -273,7 +274,7 @@ def _turns(prompt: Any) -> list[tuple[str, str]]:
     else:
         found = _CHATML.findall(str(prompt))
         if not found or _CHATML.sub("", str(prompt)).strip() not in ("", _ASKING):
-            return [("", str(prompt))]
+            return [("", str(plain))]
         turns = [turn for turn in found if turn != ("system", _DEFAULT_SYSTEM)]
     return [("", turns[0][1])] if len(turns) == 1 and turns[0][0] == "user" else turns
 
@@ -373,7 +374,7 @@ def _provenance(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if key in ("data", "tokens", "status", "steps", "method", "seconds", "history") or value in (None, {}, []):
             continue
         if key == "command" and isinstance(value, list):
-            yield "command", " ".join(str(word) for word in value)
+            yield "command", shlex.join(str(word) for word in value)
         elif isinstance(value, dict):
             for name, item in value.items():
                 yield (name if key == "versions" else f"{_words(key)}, {_words(name)}"), _plain(item)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from finetune.chat.example import IGNORE
 from finetune.files import write_json
 
 if TYPE_CHECKING:
+    from finetune.chat.tokenizer import Tokenizer
     from finetune.train.prepare import Prepared
 
 COUNT = 3
@@ -41,7 +43,8 @@ def write_samples(path: Path, prepared: Prepared, model: Any, answer: Answer, wh
         prompt = decode(prompts[i].tolist(), skip_special_tokens=False)
         reference = decode(examples[i].input_ids[slice(*cut[i])].tolist(), skip_special_tokens=True)
         before = {"before": earlier[prompt]} if prompt in earlier else {}
-        samples.append({"prompt": prompt, "reference": reference, **before, when: text})
+        plain = without_tags(prepared.tokenizer, prompts[i])
+        samples.append({"prompt": prompt, "plain": plain, "reference": reference, **before, when: text})
     write_json(path, samples, sort_keys=False)
 
 
@@ -52,6 +55,13 @@ def _earlier(path: Path) -> dict[str, str]:
         return {sample["prompt"]: sample["before"] for sample in samples if "before" in sample}
     except (OSError, ValueError, TypeError, KeyError):
         return {}
+
+
+def without_tags(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """What a prompt says without the tags of whatever template: the text between added tokens, a line each."""
+    tags = tokenizer.backend.get_added_tokens_decoder()
+    runs = [list(run) for tag, run in groupby(ids.tolist(), key=tags.__contains__) if not tag]
+    return "\n".join(filter(None, (tokenizer.decode(run).strip() for run in runs)))
 
 
 def last_response(labels: np.ndarray) -> tuple[int, int]:

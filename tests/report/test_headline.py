@@ -20,6 +20,9 @@ def test_twelve_noisy_steps_make_no_headline():
     said = [sentences(losses(2 + 0.3 * draw.standard_normal(12))) for _ in range(300)]
     assert sum("fell" in text or "rose" in text for text in said) <= 9
     assert said[0].startswith("Training loss changed by no more than its noise, around ")
+    unlucky = losses([2.0, 2.2, 1.8, 2.1, 1.9, 2.0, 2.2, 1.8, 2.1, 1.9, 2.0, 2.6])
+    assert sentences(unlucky) == "Training loss changed by no more than its noise, around 2.05."
+    assert list(figures(unlucky)) == [("Training loss", "2.05", "mean of all steps")]
 
 
 @pytest.mark.parametrize("steps", [12, 100])
@@ -53,7 +56,16 @@ def test_held_out_pairs_speak_for_the_ranking():
     rows = losses([0.5, 1.0], "rewards/accuracies") + losses([0.6, 0.8], "eval_rewards/accuracies")
     assert sentences(rows) == "At the end the chosen answer is preferred in 80% of the evaluation pairs."
     assert list(figures(rows)) == [("Pairs ranked right", "80%", "evaluation")]
-    assert "100% of the training pairs" in sentences(rows[:2])
+
+
+def test_the_pairs_of_the_last_batch_make_no_headline():
+    rows = losses([0.5, 1.0, 0.5, 0.5, 1.0, 0.0], "rewards/accuracies")
+    assert sentences(rows) == "The chosen answer was preferred in 58% of the training pairs."
+    assert list(figures(rows)) == [("Pairs ranked right", "58%", "mean of all steps")]
+    learned = losses([*[0.25, 0.5] * 10, *[0.75, 1.0] * 40], "rewards/accuracies")
+    said = "The chosen answer was preferred in 38% of the training pairs at the start, in 88% at the end."
+    assert sentences(learned) == said
+    assert list(figures(learned)) == [("Pairs ranked right", "88%", "from 38%")]
 
 
 def test_the_footnote_tells_of_faint_lines_only_where_there_are_any(tmp_path):
@@ -79,8 +91,10 @@ def test_prompts_are_shown_without_tags_which_can_be_unfolded(tmp_path):
     more = "Hi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
     two = raw.replace("Which city?<|im_end|>\n", more)
     samples = [{"prompt": prompt, "before": "x", "after": "y"} for prompt in (raw, two, "no [INST] of ours")]
+    samples.append({"prompt": "<s><|User|>Why?<|Assistant|>", "plain": "Why?", "before": "x", "after": "y"})
     _, page = report(make_run(tmp_path / "run", sft_rows(3), samples=samples))
     assert "Which city? with its tags <|im_start|>system" in page.text
     assert "user Hi assistant Hello! user Bye with its tags" in page.text
     assert "no [INST] of ours before x after y" in page.text
-    assert [tag for tag, _ in page.tags].count("details") == 2
+    assert "Why? with its tags <s><|User|>Why?<|Assistant|> before x" in page.text
+    assert [tag for tag, _ in page.tags].count("details") == 3

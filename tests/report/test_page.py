@@ -191,7 +191,7 @@ def test_a_long_run_with_long_samples_stays_small(tmp_path):
     ("rows", "expected"),
     [
         ([], "No step has been logged yet."),
-        ([{"step": 1, "loss": 2.5}], "Training loss 2.5 at the last step"),
+        ([{"step": 1, "loss": 2.5}], "Training loss 2.5 the only one logged"),
         ([{"step": 1, "loss": math.nan}], "1 optimizer step"),
         ([{"step": 5, "eval_loss": 1.5}], "Evaluation loss was 1.5 at step 5."),
         (sft_rows(40), "not finished at step 40"),

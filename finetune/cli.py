@@ -394,13 +394,13 @@ def copy_recipe(
     force: Annotated[bool, typer.Option("--force", help="Replace FILE when it exists.")] = False,
 ) -> None:
     """Copy a shipped recipe to a file of yours, to edit."""
-    from finetune.recipe.shipped import copy_shipped
+    from finetune.recipe.shipped import copy_shipped, to_edit
 
     written = copy_shipped(name, file, replace=force)
-    typer.echo(
-        f"wrote {written}; edit model.path, data.train (your rows; data.eval_fraction of them are evaluated on),\n"
-        f"data.max_length and training.output_dir, then: finetune train {written} --dry-run"
-    )
+    keys = to_edit(written)
+    width = max(map(len, keys))
+    listed = "".join(f"  {key:<{width}}  {what}\n" for key, what in keys.items())
+    typer.echo(f"Wrote {written}. What usually needs editing:\n{listed}Then: finetune train {written} --dry-run")
 
 
 def _answer(model, tokenizer, prompts) -> list[str]:

@@ -9,12 +9,14 @@ import resource
 import subprocess
 import sys
 import types
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from finetune import cli
 from finetune.errors import DataError, Fault, TrainingError
+from finetune.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 GOOD = "method: sft\nmodel: {path: base}\ndata: {train: rows.jsonl}\ntraining: {output_dir: out}\n"
@@ -319,7 +321,12 @@ def test_recipes_list_show_copy(run, tmp_path):
     assert code == 0 and "qwen2-1.5b-instruct_sft_lora" in out
     code, shown, _ = run("recipes", "show", "qwen2-1.5b-instruct_sft_lora")
     assert code == 0 and shown == (ROOT / "recipes/qwen2-1.5b-instruct_sft_lora.yaml").read_text()
-    assert run("recipes", "copy", "qwen2-1.5b-instruct_sft_lora", "mine.yaml")[0] == 0
+    code, out, _ = run("recipes", "copy", "qwen2-1.5b-instruct_sft_lora", "mine.yaml")
+    assert code == 0 and max(map(len, out.splitlines())) < 80
+    recipe = load_recipe("mine.yaml")
+    for key in ("model.path", "data.train", "data.eval_fraction", "data.max_length", "training.output_dir"):
+        assert f"\n  {key} " in out and attrgetter(key)(recipe)
+    assert "add it" not in out and "add it" in run("recipes", "copy", "quickstart_sft_lora", "quick.yaml")[1]
     assert (tmp_path / "mine.yaml").read_text() == shown
     code, _, err = run("recipes", "copy", "qwen2-0.5b_sft_lora", "mine.yaml")
     assert code == 2 and "--force" in err and (tmp_path / "mine.yaml").read_text() == shown

@@ -51,6 +51,18 @@ def copy_shipped(name: str, target: Path, *, replace: bool = False) -> Path:
     return target
 
 
+def to_edit(recipe: Path) -> dict[str, str]:
+    """The keys of a shipped recipe that rows and a machine of one's own usually change, and what each is."""
+    evaluates = "eval_fraction:" in recipe.read_text(encoding="utf-8")
+    return {
+        "model.path": "the model to tune",
+        "data.train": "your rows",
+        "data.eval_fraction": f"{'the' if evaluates else 'add it, 0.05 say: the'} share of them to evaluate on",
+        "data.max_length": "tokens of a row at most",
+        "training.output_dir": "the run's folder",
+    }
+
+
 def summary(file: Path) -> str:
     """What a recipe does: the first line of its header."""
     with file.open(encoding="utf-8") as lines:

@@ -273,6 +273,14 @@ def export(
             help="Weights' numbers; auto keeps them, q8_0 is for gguf only.",
         ),
     ] = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option(
+            parser=choice("none", "nf4", "int8"),
+            metavar="none|nf4|int8",
+            help="Merge a QLoRA run into what these codes of its base stand for, as it was trained, and not the base.",
+        ),
+    ] = "none",
     verify: Annotated[bool, typer.Option("--verify", help="Read the result back and compare it.")] = False,
     allow_pickle: Annotated[
         bool,
@@ -286,7 +294,15 @@ def export(
     """Write a model for other programs: Hugging Face, PaddleNLP, PEFT, GGUF."""
     from finetune.export.export import export as run
 
-    run(model, output_dir, format=format, dtype=dtype, verify=verify, allow_pickle=allow_pickle)
+    run(
+        model,
+        output_dir,
+        format=format,
+        dtype=dtype,
+        quantization=quantization,
+        verify=verify,
+        allow_pickle=allow_pickle,
+    )
 
 
 @app.command(epilog="Example: finetune evaluate outputs/my-run --tasks gsm8k,mmlu --limit 100")

@@ -250,7 +250,8 @@ def test_a_port_that_does_not_exist_is_named(run, port):
 def test_export_and_doctor(run, behind):
     calls = behind("finetune.export.export", "export")
     assert run("export", "m", "out", "--format", "peft", "--verify")[0] == 0
-    assert calls == [(("m", Path("out")), {"format": "peft", "dtype": "auto", "verify": True, "allow_pickle": False})]
+    options = {"format": "peft", "dtype": "auto", "quantization": "none", "verify": True, "allow_pickle": False}
+    assert calls == [(("m", Path("out")), options)]
     behind("finetune.doctor", "doctor", lambda network: 1)
     assert run("doctor")[0] == 1
 

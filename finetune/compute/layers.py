@@ -38,12 +38,17 @@ def prepare_layers(lm) -> None:
         layer.mlp.forward = partial(mlp_forward, layer.mlp)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.forward = partial(rms_norm, norm)
+    prepare_linears(lm)
+    body.norm.forward = partial(rms_norm, body.norm)
+
+
+def prepare_linears(lm) -> None:
+    """Replace the products with weights, adapted or quantized; PaddleNLP's forward of the whole stays as it is."""
     for module in lm.sublayers():
         if type(module) is LoRALinear:
             module.forward = partial(lora_linear, module)
         elif isinstance(module, paddle.nn.Linear) and frozen_of(module.weight) is not None:
             module.forward = partial(frozen.frozen_linear, module)
-    body.norm.forward = partial(rms_norm, body.norm)
 
 
 def rms_norm(norm, x):

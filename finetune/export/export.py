@@ -22,6 +22,7 @@ from finetune.model.config import DTYPES
 from finetune.model.convert import peft_name
 from finetune.model.family import EMBEDDING
 from finetune.model.pickled import unpickled
+from finetune.model.quantize import Quantization
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import write_tensors
 from finetune.model.write import (
@@ -38,6 +39,20 @@ if TYPE_CHECKING:
     from finetune.export.verify import Likeness
 
 _WRITERS = {"hf": write_hf, "paddle": write_paddle}  # of whole models; peft and gguf have their own ways below
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be written.
+
+    Attributes:
+        format, dtype: As on the command line.
+        quantization: Of the base that an adapter is merged into.
+    """
+
+    format: str
+    dtype: str
+    quantization: Quantization | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,7 @@ def export(
     *,
     format: str = "hf",
     dtype: str = "auto",
+    quantization: str = "none",
     verify: bool = False,
     allow_pickle: bool = False,
     say: Callable[[str], None] = print,
@@ -80,6 +96,7 @@ def export(
         format: hf, paddle, peft (the adapter alone) or gguf.
         dtype: auto (as the model is stored; what is quantized becomes float32), float32, bfloat16, float16; gguf also
             q8_0, q5_1, q5_0, q4_1, q4_0.
+        quantization: Merge an adapter into its base as it is (none), or into what its codes in nf4 or int8 stand for.
         verify: Read the result back and compare its tensors, logits and predictions with the model's.
         allow_pickle: Read pickled weights too, see `finetune.model.pickled`.
         say: Where the summary goes, one line each.
@@ -89,27 +106,25 @@ def export(
         CheckpointError: the model cannot be read, or the folder not written.
         FinetuneError: what was written differs from the model by more than its number format explains.
     """
-    output_dir = Path(output_dir)
+    output_dir, asked = Path(output_dir), _Asked(format, dtype, Quantization.named(quantization))
     if allow_pickle:
         with unpickled(model, output_dir.absolute().parent) as source:
-            return _export(source, output_dir, format, dtype, verify, say)
-    return _export(resolve_model(model), output_dir, format, dtype, verify, say)
+            return _export(source, output_dir, asked, verify, say)
+    return _export(resolve_model(model), output_dir, asked, verify, say)
 
 
-def _export(
-    source: ModelSource, output_dir: Path, format: str, dtype: str, verify: bool, say: Callable[[str], None]
-) -> Written:
-    format, dtype = _checked(source, format, dtype)
+def _export(source: ModelSource, output_dir: Path, asked: _Asked, verify: bool, say: Callable[[str], None]) -> Written:
+    _check(source, asked)
     check_new(output_dir)
     if beyond := _tokens_beyond(source):
         say(beyond)
-    written = _write(source, output_dir, format, dtype)
+    written = _write(source, output_dir, asked)
     say(_summary(written))
     if not verify:
         return written
     from finetune.export.verify import compare
 
-    likeness = compare(source, output_dir, format, written.dtype)
+    likeness = compare(source, output_dir, written.format, written.dtype, asked.quantization)
     if likeness.faults:
         raise FinetuneError(
             "; ".join(likeness.faults),
@@ -129,8 +144,9 @@ def _tokens_beyond(source: ModelSource) -> str:
     return f"Warning: {what}. {fix}"
 
 
-def _checked(source: ModelSource, format: str, dtype: str) -> tuple[str, str]:
-    """Format and dtype, valid for this model; `auto` stays."""
+def _check(source: ModelSource, asked: _Asked) -> None:
+    """Refuse what does not exist, or does not go with this model."""
+    format, dtype = asked.format, asked.dtype
     if format not in FORMATS:
         raise ArgumentError(f"is {format!r}", where="--format", fix=f"One of {', '.join(FORMATS)}.")
     known = ("auto", *FORMATS[format])
@@ -139,13 +155,17 @@ def _checked(source: ModelSource, format: str, dtype: str) -> tuple[str, str]:
     if format == "peft" and source.lora is None:
         fix = "Use --format hf or paddle; peft is for models trained with LoRA."
         raise ArgumentError(f"{source.name} is a whole model, not an adapter", where="--format", fix=fix)
-    return format, dtype
+    if asked.quantization is not None and (format == "peft" or source.lora is None):
+        what = f"is {asked.quantization.kind}, but nothing is merged here"
+        fix = "Leave it out: it says which base an adapter is merged into."
+        raise ArgumentError(what, where="--quantization", fix=fix)
 
 
-def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Written:
+def _write(source: ModelSource, folder: Path, asked: _Asked) -> Written:
+    format, dtype = asked.format, asked.dtype
     if format == "peft":
         return _write_peft(source, folder, dtype)
-    weights = stored_weights(source)
+    weights = stored_weights(source, asked.quantization)
     if dtype == "auto":
         stored = weights[f"{EMBEDDING}.weight"].dtype.name
         dtype = stored if stored in DTYPES else "float32"
@@ -157,6 +177,7 @@ def _write(source: ModelSource, folder: Path, format: str, dtype: str) -> Writte
     merged = None
     if source.base and source.lora:
         merged = f"adapter of rank {source.lora.rank} merged into {source.base.name}"
+        merged += f" as its {asked.quantization.kind} codes have it" if asked.quantization else ""
     return _written(folder, format, dtype, [weight.shape for weight in weights.values()], merged)
 
 

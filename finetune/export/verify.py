@@ -20,11 +20,13 @@ _bring_up()
 import paddle
 
 from finetune.chat.tokenizer import Tokenizer
+from finetune.compute.layers import prepare_linears
 from finetune.errors import CheckpointError
 from finetune.export.gguf import as_stored
 from finetune.model.adapted import open_adapter, stored_weights
 from finetune.model.build import build_model, fill
 from finetune.model.load import load_model
+from finetune.model.quantize import Quantization
 from finetune.model.resolve import ModelSource, resolve_model
 from finetune.model.tensorfile import Array
 from finetune.model.weights import Weight
@@ -116,19 +118,29 @@ class Likeness:
         )
 
 
-def compare(source: ModelSource, folder: Path, format: str, dtype: str) -> Likeness:
+def compare(
+    source: ModelSource, folder: Path, format: str, dtype: str, quantization: Quantization | None = None
+) -> Likeness:
     """Compare what was written with the model, which is computed in float32, an adapter beside its base.
+
+    Args:
+        quantization: Of that base.
 
     Raises:
         CheckpointError: what was written cannot be read.
     """
     written = resolve_model(next(folder.glob("*.gguf")) if format == "gguf" else folder)
-    expected = expected_tensors(source, format, dtype)
+    expected = expected_tensors(source, format, dtype, quantization)
     wrong = wrong_tensors(expected, held_tensors(written, format))
     prompts = texts(source)
-    model = _logits(load_model(source, dtype="float32").model, prompts)
+    beside = load_model(source, dtype="float32", quantization=quantization).model
+    if quantization is not None:
+        prepare_linears(beside)
+    model = _logits(beside, prompts)
     seen = _logits(load_model(written, dtype="float32").model, prompts)
-    unrounded = _logits(_merged(source), prompts) if dtype != "float32" and source.base and format != "peft" else model
+    unrounded = model
+    if dtype != "float32" and source.base and format != "peft":
+        unrounded = _logits(_merged(source, quantization), prompts)
     difference = float(np.abs((seen if dtype == "float32" else unrounded) - model).max())
     agreement = float((seen.argmax(-1) == model.argmax(-1)).mean())
     divergence = mean_divergence(model, seen)
@@ -175,9 +187,11 @@ def _log_probabilities(logits: Array) -> Array:
     return result
 
 
-def expected_tensors(source: ModelSource, format: str, dtype: str) -> dict[str, Weight]:
+def expected_tensors(
+    source: ModelSource, format: str, dtype: str, quantization: Quantization | None = None
+) -> dict[str, Weight]:
     """What the file should hold: what the model does, in the numbers of this dtype."""
-    weights = held_tensors(source, format)
+    weights = held_tensors(source, format, quantization)
     if format == "gguf":
         return as_stored(source.config, weights, dtype)
     return {name: _cast(name, weight, dtype) for name, weight in weights.items()}
@@ -187,9 +201,9 @@ def _cast(name: str, weight: Weight, dtype: str) -> Weight:
     return replace(weight, read=lambda: cast(weight.read(), dtype, name))
 
 
-def held_tensors(source: ModelSource, format: str) -> dict[str, Weight]:
+def held_tensors(source: ModelSource, format: str, quantization: Quantization | None = None) -> dict[str, Weight]:
     """What this layout holds of a model: an adapter's own, or all, merged."""
-    return open_adapter(source)[0] if format == "peft" else stored_weights(source)
+    return open_adapter(source)[0] if format == "peft" else stored_weights(source, quantization)
 
 
 def _equal(left: Weight, right: Weight) -> bool:
@@ -197,11 +211,11 @@ def _equal(left: Weight, right: Weight) -> bool:
     return np.array_equal(first, second, equal_nan=True)
 
 
-def _merged(source: ModelSource) -> paddle.nn.Layer:
+def _merged(source: ModelSource, quantization: Quantization | None) -> paddle.nn.Layer:
     """The model with its adapter merged and nothing rounded."""
     with paddle.utils.unique_name.guard():
         model = build_model(source.config, "float32")
-        fill(model, stored_weights(source))
+        fill(model, stored_weights(source, quantization))
     model.eval()
     return model
 

@@ -68,7 +68,7 @@ def open_model(model: str | ModelSource, held: Held = AS_STORED, *, pack: bool =
     from finetune.model.load import load_model
     from finetune.model.lora import merge_lora
 
-    quantization = None if held.quantization == "none" else Quantization(held.quantization)
+    quantization = Quantization.named(held.quantization)
     loaded = load_model(source, dtype=held.dtype, quantization=quantization)
     causal = loaded.model
     if loaded.lora is not None and loaded.dtype == "float32" and quantization is None:

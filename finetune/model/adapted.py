@@ -14,6 +14,7 @@ from finetune.errors import ArgumentError, CheckpointError, Fault
 from finetune.model import convert
 from finetune.model.adapters import LoraSettings, target_names, tensors_to_save
 from finetune.model.family import EMBEDDING, HEAD, Architecture
+from finetune.model.quantize import Quantization
 from finetune.model.resolve import ModelSource
 from finetune.model.tensorfile import Array, TensorFolder
 from finetune.model.weights import Weight, audit, base_weights, wrong_dtypes
@@ -23,8 +24,11 @@ _COMPARE_ROWS = 4096
 _ROUNDING = 2.0**-7  # relative; bfloat16's is 2**-9
 
 
-def stored_weights(source: ModelSource) -> dict[str, Weight]:
+def stored_weights(source: ModelSource, quantization: Quantization | None = None) -> dict[str, Weight]:
     """All weights by Hugging Face name, largest first; an adapter's are merged in float32.
+
+    Args:
+        quantization: Take for the base's linear layers what such codes of them stand for.
 
     Raises:
         CheckpointError: the folder does not hold what its config says.
@@ -33,9 +37,15 @@ def stored_weights(source: ModelSource) -> dict[str, Weight]:
         return base_weights(source)
     config, (adapter, settings) = source.config, open_adapter(source)
     weights = base_weights(source.base, config)
+    if quantization is not None:
+        weights |= {f"{name}.weight": _rounded(weights[f"{name}.weight"], quantization) for name in config.linears}
     saved = {name: weight for name, weight in adapter.items() if name in weights}
     merged = {f"{module}.weight": _merged(module, config, weights, adapter, settings) for module in adapted(adapter)}
     return weights | saved | merged
+
+
+def _rounded(weight: Weight, quantization: Quantization) -> Weight:
+    return Weight(np.dtype(np.float32), weight.shape, lambda: weight.quantized(quantization).dequantize())
 
 
 def adapted(names: Iterable[str]) -> list[str]:

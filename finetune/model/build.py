@@ -115,8 +115,7 @@ def fill(model: paddle.nn.Layer, weights: dict[str, Weight], quantization: Quant
     for name, weight in weights.items():
         parameter = parameters[config.paddle_name(name)]
         if quantization is not None and name.removesuffix(".weight") in config.linears:
-            codes = weight.codes if quantization.kind == "nf4" else None
-            freeze(parameter, codes() if codes else quantization.quantize(weight.read()))
+            freeze(parameter, weight.quantized(quantization))
         else:
             set_parameter(parameter, convert.turned(config, name, weight.read()))
 

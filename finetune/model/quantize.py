@@ -246,6 +246,11 @@ class Quantization:
     kind: str
     double: bool = True
 
+    @classmethod
+    def named(cls, name: str, double: bool = True) -> Quantization | None:
+        """nf4 or int8 as recipes and arguments name it; None for `none`."""
+        return None if name == "none" else cls(name, double)
+
     def quantize(self, weight: NDArray[Any]) -> Nf4 | Int8:
         """A matrix [out, in] of any floating dtype."""
         return quantize_int8(weight) if self.kind == "int8" else quantize_nf4(weight, double=self.double)

@@ -17,7 +17,7 @@ from finetune.model.bitsandbytes import BitsandbytesTensors, open_folder
 from finetune.model.config import DTYPES
 from finetune.model.family import EMBEDDING, HEAD, Architecture
 from finetune.model.gguf.tensors import GgufTensors, open_gguf
-from finetune.model.quantize import Nf4
+from finetune.model.quantize import Int8, Nf4, Quantization
 from finetune.model.resolve import ModelSource
 from finetune.model.tensorfile import Array, Dtype, TensorFolder
 
@@ -38,6 +38,10 @@ class Weight:
     shape: tuple[int, ...]
     read: Callable[[], Array]
     codes: Callable[[], Nf4] | None = None
+
+    def quantized(self, how: Quantization) -> Nf4 | Int8:
+        """A matrix in codes: with nf4 those of its folder, where it has them."""
+        return self.codes() if self.codes and how.kind == "nf4" else how.quantize(self.read())
 
 
 Tensors = TensorFolder | GgufTensors | BitsandbytesTensors

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def quantization_of(recipe: Recipe) -> Quantization | None:
     """How the recipe keeps the frozen weights; None: as they are."""
-    model = recipe.model
-    return None if model.quantization == "none" else Quantization(model.quantization, model.double_quantization)
+    return Quantization.named(recipe.model.quantization, recipe.model.double_quantization)
 
 
 # Of each number of the one matrix that is made whole by Paddle's operations: indices of pairs, levels, scales, product

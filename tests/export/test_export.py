@@ -15,6 +15,7 @@ from finetune.errors import ArgumentError, CheckpointError, FinetuneError
 from finetune.export.export import export
 from finetune.export.formats import QUANTIZED
 from finetune.model.adapters import LoraSettings
+from finetune.model.quantize import Quantization
 from tests.model.compute import logits, shake
 from tests.model.test_resolve import adapter as adapter_folder
 from tests.runs import finetune
@@ -51,6 +52,24 @@ def test_an_adapter_in_every_format(format, adapter, tmp_path):
     assert written.likeness.difference < 5e-5 and written.likeness.limits is None and written.dtype == "float32"
     assert len(lines) == 2 and "Verified" in lines[1]
     assert ("merged" in lines[0]) == (format != "peft")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_merged_into_what_the_codes_stand_for_it_answers_as_beside_them(kind, adapter, tmp_path, capsys):
+    from finetune.compute.layers import prepare_linears
+    from finetune.model.load import load_model
+
+    folder, beside_the_original = adapter
+    assert finetune("export", folder, tmp_path / "out", "--quantization", kind, "--verify") == 0
+    assert f"as its {kind} codes have it" in capsys.readouterr().out
+    model = load_model(folder, quantization=Quantization(kind)).model
+    prepare_linears(model)
+    beside = logits(model)
+    assert np.abs(logits(load(tmp_path / "out")) - beside).max() < 1e-5 * np.abs(beside).max()
+    assert np.abs(beside - beside_the_original).max() > 1e-3
+    assert not (tmp_path / "none").exists()
+    assert finetune("export", folder, tmp_path / "none", "--quantization", kind, "--format", "peft") == 2
+    assert f"--quantization: is {kind}, but nothing is merged here." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype, item", [("bfloat16", 2), ("float16", 2), ("float32", 4)])

@@ -57,8 +57,8 @@ def spoil(monkeypatch):
     """Export writes weights that are not the model's; verifying reads the right ones."""
 
     def spoil(*names, damage):
-        def spoilt(source):
-            weights = stored_weights(source)
+        def spoilt(*told):
+            weights = stored_weights(*told)
             for name in names:
                 weights = damaged(weights, name, damage)
             return weights

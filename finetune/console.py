@@ -67,9 +67,13 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def say(text: str, style: str | None = None) -> None:
-    """Print one message. `text` is printed as it is, but for control characters: square brackets are no markup."""
-    console.print(Text(printable(text), style=style or ""), soft_wrap=not _live_terminal())
+def say(text: str, style: str | None = None, *, to_copy: bool = False) -> None:
+    """Print one message. `text` is printed as it is, but for control characters: square brackets are no markup.
+
+    Args:
+        to_copy: It is a command: its lines are left whole, for a break would be copied with them.
+    """
+    console.print(Text(printable(text), style=style or ""), soft_wrap=to_copy or not _live_terminal())
 
 
 def warn(text: str) -> None:
@@ -181,6 +185,11 @@ class Bar:
                 self.fields[name] = value
 
     @property
+    def never_began(self) -> bool:
+        """Whether it was stopped at once with nothing done: what stopped it says all there is to say."""
+        return self.stopped and self.done == self._first and self.elapsed < PLAIN_DELAY
+
+    @property
     def elapsed(self) -> float:
         """Seconds since the bar was opened."""
         return self._clock() - self.started
@@ -290,14 +299,14 @@ class _Display:
     def close(self, bar: Bar) -> None:
         outermost = bar is self._bars[0]
         self._bars.remove(bar)
-        if self._live is None:
-            say(bar.line(last=True))
-            return
-        if outermost:
-            self._live.stop()
-            self._live = None
-        if outermost or bar.stays:
-            say(bar.line(last=True, width=console.width - 1))
+        leaves, width = outermost or bar.stays or self._live is None, None
+        if self._live is not None:
+            width = console.width - 1
+            if outermost:
+                self._live.stop()
+                self._live = None
+        if leaves and not bar.never_began:
+            say(bar.line(last=True, width=width))
 
     def _render(self) -> Text:
         # A row is kept free, since some terminals wrap at the last column.

@@ -94,6 +94,14 @@ def test_work_that_ends_early_says_so(capsys, clock):
     assert lines(capsys) == ["train 4/10  4.00 step/s  stopped after 0:01"]
 
 
+def test_a_bar_that_is_stopped_at_once_leaves_the_word_to_what_stopped_it(capsys, clock):
+    for seconds, said in ((1.0, []), (100.0, ["read rows 0  stopped after 1:40"])):
+        with pytest.raises(FileNotFoundError), console.progress(None, "read rows", "row"):
+            clock.now += seconds
+            raise FileNotFoundError
+        assert lines(capsys) == said
+
+
 def test_a_unit_in_the_description_is_not_repeated(capsys, clock):
     for description in ("read", "read training rows"):
         with console.progress(None, description, "row") as bar:
@@ -294,6 +302,15 @@ def test_an_inner_bar_that_stays_leaves_its_line_above_the_live_one(terminal):
         lines = terminal.getvalue().replace("\r", "\n").splitlines()
     assert any("evaluate 1/1  step 1  eval loss 0.5000" in line for line in lines)
     assert "train 1/4  loss 1.5000  accuracy 0.7500  margin 0.2500" in bar.line()
+
+
+def test_a_command_to_copy_is_left_whole(monkeypatch):
+    file, command = Terminal(), "curl http://127.0.0.1:8000/v1 -H 'Content-Type: application/json'"
+    monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, width=40, highlight=False))
+    console.say(command, to_copy=True)
+    console.say(command)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == command and len(lines) > 2
 
 
 def test_a_closing_line_fits_the_terminal(monkeypatch):

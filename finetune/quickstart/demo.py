@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -204,9 +205,10 @@ def sample_rows(questions: Sequence[Question], columns: Mapping[str, Sequence[st
 
 
 def shown_command(command: str, width: int) -> str:
-    """A command as it can be copied: lines of at most `width`, broken between words."""
-    lines = textwrap.wrap(command, width - 6, break_long_words=False, break_on_hyphens=False)
-    return "  $ " + " \\\n      ".join(lines)
+    """A command as it can be copied: lines of at most `width`, broken between the shell's words."""
+    whole = re.sub(r'"[^"]*"', lambda quoted: quoted[0].replace(" ", "\0"), command)
+    lines = textwrap.wrap(whole, width - len("      ") - len(" \\"), break_long_words=False, break_on_hyphens=False)
+    return "  $ " + " \\\n      ".join(lines).replace("\0", " ")
 
 
 def show_samples(console: Console, rows: Sequence[dict[str, str]]) -> None:

@@ -70,6 +70,7 @@ def _line(mark: Any) -> int | None:
 
 _FIXES = {
     "'\\t'": "Indent with spaces, not with tabs",
+    "cannot start any token": "Put text that starts with it in quotes",
     "alphabetic or numeric character": "Put text that starts with * or & in quotes",
     "mapping values are not allowed": "Put a value that holds ': ' in quotes, and the keys of a section in one column",
     "expected <block end>": "Put the keys of a section in one column",
@@ -204,6 +205,7 @@ class _Composer:
                 self._stop(line, f"values are nested more than {MAX_DEPTH} deep", "A recipe needs five levels")
             self.stack.append(_Frame(value, path, event.anchor, self.count))
         elif isinstance(event, yaml.ScalarEvent):
+            self.tree.lines[path] = line  # below its key where a ':' is missing there
             self._remember(event.anchor, value, 1)
 
     def _value(self, event: yaml.NodeEvent, line: int) -> Any:

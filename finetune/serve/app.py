@@ -130,12 +130,16 @@ def _greeting(url: str, name: str, opened: Opened, key: bool) -> Callable[[], No
     chats = opened.tokenizer.chat_template is not None
     said = {"messages": [{"role": "user", "content": "Hello"}]} if chats else {"prompt": "Hello", "max_tokens": 32}
     path = "/v1/chat/completions" if chats else "/v1/completions"
-    headers = "-H 'Content-Type: application/json'" + (' -H "Authorization: Bearer $FINETUNE_API_KEY"' if key else "")
+    headers = [
+        "-H 'Content-Type: application/json'",
+        *(['-H "Authorization: Bearer $FINETUNE_API_KEY"'] if key else []),
+    ]
     body = shlex.quote(json.dumps({"model": name, **said}, ensure_ascii=False))
+    command = " \\\n  ".join([f"curl {url}{path}", *headers, f"-d {body}"])
 
     def greet() -> None:
         say(f"Serving {name} at {url}/v1 (metrics at /metrics, health at /health). Ctrl-C stops it. Try:")
-        say(f"curl {url}{path} {headers} -d {body}")
+        say(command, to_copy=True)
 
     return greet
 

@@ -57,6 +57,7 @@ def test_values_and_their_lines():
     assert tree.lines[("b", "c")] == 3
     assert tree.lines[("b", "d", 0, "e")] == 5
     assert tree.lines[("b", "d", 1)] == 6
+    assert parse_yaml("a:\n  b c\nd: e\n").lines == {("a",): 2, ("d",): 3}
     assert tree.complete and not tree.faults
 
 
@@ -88,6 +89,7 @@ def test_anchors_are_read():
         ('a:\n  b: "x\n  c: 1\n', 2, "a text that begins with a quote here has no end"),
         ("a: 1\nb\n  c: 2\n", 2, "this line has no ':' behind its key"),
         ("a:\n  b: 1\n  c 2\n  d: 3\n", 3, "this line has no ':' behind its key"),
+        ("a:\n  b: @c\n", 2, "'@' that cannot start any token"),
         ("a: b: c\n", 1, "mapping values are not allowed"),
         ("a: \x00\n", None, "U+0000 is not allowed"),
         ('a: "\\UFFFFFFFF"\n', None, "not valid YAML"),

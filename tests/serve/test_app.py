@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -478,7 +479,7 @@ def test_the_process_greets_answers_and_stops_gracefully(tiny_untied_folder):
     watchdog.start()
     try:
         url = re.search(r"http://127\.0\.0\.1:\d+", process.stderr.readline()).group()
-        curl = process.stderr.readline()
+        curl = shlex.split("".join(process.stderr.readline() for _ in range(4)).replace("\\\n", ""))
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="k")
         stream = client.chat.completions.create(
             model=tiny_untied_folder.name,
@@ -495,7 +496,8 @@ def test_the_process_greets_answers_and_stops_gracefully(tiny_untied_folder):
         watchdog.cancel()
         process.kill()
     assert chunks[-1].choices[0].finish_reason == "length"
-    assert curl.startswith("curl http://127.0.0.1") and "FINETUNE_API_KEY" in curl
+    assert curl[:4] == ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json"]
+    assert "FINETUNE_API_KEY" in curl[5] and json.loads(curl[7])["messages"] == HELLO
     assert (process.returncode, out, err.strip()) == (0, "", "Stopped.")
 
 

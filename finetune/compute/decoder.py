@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,9 @@ _bring_up()
 
 import paddle
 import paddle.nn.functional as F
-from paddlenlp.peft.lora.lora_layers import LoRALinear
 
 from finetune.compute.cache import KVCache, capacity_for
-from finetune.compute.frozen import frozen_linear
-from finetune.compute.layers import lora_linear
+from finetune.compute.layers import frozen_product
 from finetune.compute.memory import array_of
 from finetune.compute.packed import PackedLinear, Steps
 from finetune.model.build import body_of, causal_lm, config_of
@@ -316,7 +313,7 @@ class _Layer:
 def _linear(module) -> Callable[[paddle.Tensor], paddle.Tensor]:
     """A plain projection without what calling a module costs; any other as it is."""
     if isinstance(module, paddle.nn.Linear) and frozen_of(module.weight) is not None:
-        return partial(lora_linear if isinstance(module, LoRALinear) else frozen_linear, module)
+        return frozen_product(module)
     if type(module) is not paddle.nn.Linear:
         return module
     held = module._parameters  # not the tensors themselves, which a caller may replace

@@ -46,11 +46,32 @@ def frozen_linear(layer: paddle.nn.Linear, x: paddle.Tensor) -> paddle.Tensor:
     return _FrozenLinear.apply(x, layer)
 
 
+def frozen_dora(layer: paddle.nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """`DoraLinear.forward` of such a layer: [..., in] -> [..., out]."""
+    if layer.disable_lora:
+        return frozen_linear(layer, x)
+    plain = _FrozenLinear.apply(x, layer, False)
+    dropped = layer.lora_dropout(x) if layer.training else x
+    product = plain if dropped is x else _FrozenLinear.apply(dropped, layer, False)
+    scale = layer.lora_magnitude / _column_lengths(layer, x)
+    low = paddle.matmul(paddle.matmul(dropped, layer.lora_A), layer.lora_B) * layer.scaling
+    out = plain + (scale - 1.0) * product + scale * low
+    return out if layer.bias is None else out + layer.bias
+
+
+@paddle.no_grad()
+def _column_lengths(layer: paddle.nn.Layer, like: paddle.Tensor) -> paddle.Tensor:
+    """||W + scaling * A B|| of each column, [out], a constant to the gradient; see `lora_layers.column_scale`."""
+    rows = dequantized(layer.weight.frozen, like).addmm_(layer.lora_B.t(), layer.lora_A.t(), alpha=layer.scaling)
+    return rows.astype("float32").square().sum(axis=1).sqrt().astype(like.dtype)
+
+
 class _FrozenLinear(PyLayer):
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx, x, layer, with_bias=True):
         ctx.layer = layer
-        return linear(layer.weight, x.reshape([-1, x.shape[-1]]), layer.bias).reshape([*x.shape[:-1], -1])
+        bias = layer.bias if with_bias else None
+        return linear(layer.weight, x.reshape([-1, x.shape[-1]]), bias).reshape([*x.shape[:-1], -1])
 
     @staticmethod
     def backward(ctx, grad):

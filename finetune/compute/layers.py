@@ -5,6 +5,7 @@ Only the `forward` of single layers is replaced, on the instance; parameters, na
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ from finetune.compute import cpu, frozen, gpu
 from finetune.compute.attention import attention_forward
 from finetune.model.build import body_of
 from finetune.model.frozen import frozen_of
+from finetune.model.lora_layers import DoraLinear
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
@@ -48,7 +50,14 @@ def prepare_linears(lm) -> None:
         if type(module) is LoRALinear:
             module.forward = partial(lora_linear, module)
         elif isinstance(module, paddle.nn.Linear) and frozen_of(module.weight) is not None:
-            module.forward = partial(frozen.frozen_linear, module)
+            module.forward = frozen_product(module)
+
+
+def frozen_product(module: paddle.nn.Linear) -> Callable[[paddle.Tensor], paddle.Tensor]:
+    """What a linear layer, adapted or not, makes of [..., in] with its weight kept quantized."""
+    if isinstance(module, DoraLinear):
+        return partial(frozen.frozen_dora, module)
+    return partial(lora_linear if isinstance(module, LoRALinear) else frozen.frozen_linear, module)
 
 
 def rms_norm(norm, x):

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.model.quantize import Int8, Nf4
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.model.quantize import Int8, Nf4, Scales
 from finetune.model.runtime import paddle as _bring_up
 
 _bring_up()
@@ -43,6 +46,14 @@ class Frozen:
         nested = None if scales.nested is None else paddle.to_tensor(scales.nested)
         values = paddle.to_tensor(scales.values)
         return cls(matrix.shape, paddle.to_tensor(matrix.codes), values, nested, float(scales.offset))
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The matrix in main memory, float32 [out, in]."""
+        codes, scales = self.codes.numpy(), self.scales.numpy()
+        if not self.is_nf4:
+            return Int8(codes, scales).dequantize()
+        nested = None if self.nested is None else self.nested.numpy()
+        return Nf4(codes, Scales(scales, nested, np.float32(self.offset)), self.shape).dequantize()
 
     @property
     def is_nf4(self) -> bool:

@@ -132,9 +132,9 @@ def _check_settings(settings: LoraSettings, config: Architecture, names: list[st
 
 
 def _check_codes(model: paddle.nn.Layer, settings: LoraSettings, names: list[str]) -> None:
-    """What is kept as codes can neither be trained nor be measured column by column at every step."""
+    """What is kept as codes can be neither trained nor split into PiSSA's start and its rest (PEFT refuses it too)."""
     config, parameters = config_of(model), dict(model.named_parameters())
-    read = [f"{name}.weight" for name in names] if settings.dora or settings.variant == "pissa" else []
+    read = [f"{name}.weight" for name in names] if settings.variant == "pissa" else []
     for name in [*read, *tensors_to_save(settings, config, names)]:
         if frozen_of(parameters[config.paddle_name(name)]) is not None:
             why = f"{settings.variant} needs whole" if name in read else "the adapter trains"
@@ -214,7 +214,9 @@ def _start(layer: paddle.nn.Layer, random: np.random.Generator) -> None:
         bound = layer.weight.shape[0] ** -0.5
         set_parameter(layer.lora_A, random.uniform(-bound, bound, layer.lora_A.shape))
     if getattr(layer, "lora_magnitude", None) is not None:
-        set_parameter(layer.lora_magnitude, np.linalg.norm(as_numpy(layer.weight).astype(np.float32), axis=0))
+        codes = frozen_of(layer.weight)
+        weight = as_numpy(layer.weight).astype(np.float32) if codes is None else codes.dequantize().T
+        set_parameter(layer.lora_magnitude, np.linalg.norm(weight, axis=0))
 
 
 def _start_pissa(layer: LoRALinear, name: str, state: dict[str, Array] | None) -> None:

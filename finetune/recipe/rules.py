@@ -85,10 +85,10 @@ def _quantization_rules(recipe: Recipe) -> Iterator[Clash]:
             f"model.quantization is {kind}, but without a lora section all weights are trained",
             "Add a lora section, or remove model.quantization.",
         )
-    elif recipe.lora.variant in ("pissa", "dora"):
+    elif recipe.lora.variant == "pissa":
         yield Clash(
             ("lora.variant", "model.quantization"),
-            f"lora.variant is {recipe.lora.variant}, which needs whole weights, but model.quantization is {kind}",
+            f"lora.variant is pissa, which changes the base's weights, but model.quantization is {kind}",
             "Use another lora.variant, or remove model.quantization.",
         )
 

@@ -157,7 +157,7 @@ def _lora(load: Load) -> Step | None:
 
 def _nf4(load: Load) -> Step | None:
     recipe = load.recipe
-    if recipe.lora is None or recipe.lora.variant in ("pissa", "dora") or recipe.model.quantization == "nf4":
+    if recipe.lora is None or recipe.lora.variant == "pissa" or recipe.model.quantization == "nf4":
         return None
     return "model.quantization=nf4", replace(load, recipe=_with(load, "model", quantization="nf4"))
 

@@ -43,6 +43,9 @@ KINDS: dict[str, tuple[dict, dict[str, tuple[int, float]], list[str]]] = {
     "norms": (
         {"target_modules": [Q], "modules_to_save": ["layers.1.input_layernorm"]},
         {Q: (4, 2.0)}, ["model.layers.1.input_layernorm.weight"]),
+    "a projection": (
+        {"target_modules": [Q], "modules_to_save": ["layers.1.mlp.up_proj"]},
+        {Q: (4, 2.0)}, ["model.layers.1.mlp.up_proj.weight"]),
     "biases": (
         {"target_modules": [Q, DOWN], "bias": "lora_only"}, {Q: (4, 2.0), DOWN: (4, 2.0)}, [f"{Q}.bias"]),
     "all biases": (
@@ -311,8 +314,8 @@ def test_what_needs_whole_weights_is_not_quantized(bases, tmp_path):
     from finetune.model.load import load_model
     from finetune.model.quantize import Quantization
 
-    folder = Case("dora", True).write(tmp_path / "a", bases[True])
-    with pytest.raises(ArgumentError, match="dora needs whole"):
+    folder = Case("a projection", True).write(tmp_path / "a", bases[True])
+    with pytest.raises(ArgumentError, match="up_proj.weight, which the adapter trains"):
         load_model(folder, quantization=Quantization("int8"))
     folder = Case("patterns", True).write(tmp_path / "b", bases[True])
     assert is_frozen(load_model(folder, quantization=Quantization("int8")).model)

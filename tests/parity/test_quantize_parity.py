@@ -72,8 +72,8 @@ def reference(folder, steps: list[dict]) -> list[np.ndarray]:
     return [np.load(step["output"]) for step in steps]
 
 
-@pytest.mark.parametrize("double", [True, False])
-def test_a_folder_of_bitsandbytes_and_an_adapter_trained_on_it(double, tmp_path):
+@pytest.mark.parametrize(("double", "variant"), [(True, "lora"), (False, "lora"), (True, "dora")])
+def test_a_folder_of_bitsandbytes_and_an_adapter_trained_on_it(double, variant, tmp_path):
     from finetune.model.load import load_model
 
     base, folder, run = tiny_model(tmp_path / "base", shape=SHAPE), tmp_path / "nf4", tmp_path / "run"
@@ -86,7 +86,7 @@ def test_a_folder_of_bitsandbytes_and_an_adapter_trained_on_it(double, tmp_path)
         if (stored := weights[name].codes) is not None:
             assert np.array_equal(stored().codes, quantize_nf4(weight.read(), double=double).codes), name
     recipe = write_recipe(tmp_path, folder)
-    changes = f"training.output_dir={run}", "lora={rank: 4}", "model.quantization=nf4"
+    changes = f"training.output_dir={run}", f"lora={{rank: 4, variant: {variant}}}", "model.quantization=nf4"
     assert finetune("train", recipe, *changes) == 0
     told = {"quantized": str(folder), "adapter": str(run / "final"), "output": str(tmp_path / "adapter.npy")}
     (adapted,) = reference(tmp_path, [told])

@@ -9,6 +9,7 @@ int8  One scale a row (output), its largest magnitude / 127; a number is an inte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,9 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Coder = Callable[[NDArray[np.float32]], NDArray[np.uint8]]
+
 BLOCK = 64  # numbers that share a scale
 NESTED_BLOCK = 256  # scales that share one of their own
 _SMALLEST = np.float32(1e-38)  # a block of zeros is divided by this
+_GRID = 1 << 16  # points between -1 and 1 of which each has its code
 _AT_ONCE = 1 << 20  # numbers in flight, so that temporaries stay in cache
 
 # Quantiles of the normal distribution, 7 below zero, zero, 8 above, scaled to [-1, 1] (arXiv:2305.14314, appendix E).
@@ -130,7 +134,7 @@ def quantize_nf4(weight: NDArray[Any], *, double: bool = True) -> Nf4:
         return Nf4(packed, Scales(scales), weight.shape)
     offset = np.float32(scales.mean(dtype=np.float64))
     nested_codes = np.empty(len(scales), np.uint8)
-    nested = quantize_blocks(scales - offset, NESTED_BLOCK, nearest("signed"), nested_codes)
+    nested = quantize_blocks(scales - offset, NESTED_BLOCK, nearest_on_grid, nested_codes)
     return Nf4(packed, Scales(nested_codes, nested, offset), weight.shape)
 
 
@@ -142,13 +146,13 @@ def quantize_int8(weight: NDArray[Any]) -> Int8:
     return Int8(codes.astype(np.int8), scales)
 
 
-def quantize_blocks(flat: NDArray[Any], block: int, nearest: Nearest, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+def quantize_blocks(flat: NDArray[Any], block: int, nearest: Coder, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Write the code of every number, scaled by its block's largest magnitude, into `codes`; return these magnitudes.
 
     Args:
         flat: [n], any floating dtype.
         block: Numbers of a block; the last one may be shorter.
-        nearest: Of levels from -1 to 1.
+        nearest: Codes of numbers from -1 to 1.
         codes: uint8 [n].
     """
     scales = np.empty(-(-flat.size // block), np.float32)
@@ -195,6 +199,22 @@ class Nearest:
         codes: NDArray[np.uint8] = self._lowest[values.view(np.uint32) >> np.uint32(self._DROPPED)]
         codes += values > self._bounds[codes]
         return codes
+
+
+def nearest_on_grid(values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Codes of `dynamic_levels()` for numbers from -1 to 1, uint8: of the nearest of 65,536 points the nearest level.
+
+    So bitsandbytes does on CPU, where the two can be compared. Its kernel for GPUs takes the level that is nearest to
+    the number itself, which is the next one for 0.1 % of them, those about as near to both.
+    """
+    points = (values + np.float32(1.0)) * np.float32(0.5) * np.float32(_GRID - 1) + np.float32(0.5)
+    return _on_grid()[points.astype(np.int32)]
+
+
+@lru_cache(maxsize=1)
+def _on_grid() -> NDArray[np.uint8]:
+    points = -1 + 2 * np.arange(_GRID) / (_GRID - 1)
+    return nearest("signed")(points.astype(np.float32))
 
 
 @lru_cache(maxsize=3)

@@ -1,25 +1,21 @@
-"""bitsandbytes' nf4 of each matrix: `python ref_quantize.py WEIGHTS.safetensors ANSWER.safetensors`.
-
-Scales are quantized from float64, for which bitsandbytes takes the nearest level; from float32 it does not on CPU.
-"""
+"""bitsandbytes' nf4 of each matrix: `python ref_quantize.py WEIGHTS.safetensors ANSWER.safetensors`."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
-from bitsandbytes.functional import create_dynamic_map, quantize_4bit
+from bitsandbytes.functional import dequantize_blockwise, quantize_4bit
 from safetensors.torch import load_file, save_file
 
 
 def quantized(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Codes, scales, and the scales quantized again with what they then stand for."""
-    codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
-    offset = state.absmax.mean()
-    levels, centred = create_dynamic_map(), state.absmax - offset
-    nested, largest = torch.ops.bitsandbytes.quantize_blockwise(centred.double(), levels, 256)
-    scales = levels[nested.int()] * largest.repeat_interleave(256)[: len(centred)] + offset
-    return {"codes": codes.reshape(-1), "scales": state.absmax, "nested": nested, "doubled": scales}
+    """Codes, scales, and the scales quantized themselves, with what they then stand for."""
+    codes, plain = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    again, double = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    assert torch.equal(codes, again)
+    scales = dequantize_blockwise(double.absmax, double.state2) + double.offset
+    return {"codes": codes.reshape(-1), "scales": plain.absmax, "nested": double.absmax, "doubled": scales}
 
 
 if __name__ == "__main__":

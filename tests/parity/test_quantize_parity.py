@@ -49,16 +49,21 @@ def answers(tmp_path_factory):
 
 def test_codes_and_scales_are_the_same(answers):
     weights, theirs = answers
+    odd = 0
     for name, weight in weights.items():
         plain, double = quantize_nf4(weight, double=False), quantize_nf4(weight)
         assert np.array_equal(plain.codes, theirs[f"{name}/codes"]), name
         assert np.array_equal(plain.scales.values, theirs[f"{name}/scales"]), name
         assert np.array_equal(double.codes, plain.codes), name
-        # The mean of the scales is summed in another order, which can turn a code that lies between two levels.
-        odd = double.scales.values != theirs[f"{name}/nested"]
-        assert odd.mean() < 1e-3, name
-        ours, doubled = double.scales.read()[~odd], theirs[f"{name}/doubled"][~odd]
+        # Their mean is summed in another order, as it is there by another number of threads: a unit in the last place
+        # turns a few codes that lie between two levels.
+        same = double.scales.values == theirs[f"{name}/nested"]
+        odd += np.count_nonzero(~same)
+        ours, doubled = double.scales.read()[same], theirs[f"{name}/doubled"][same]
         np.testing.assert_allclose(ours, doubled, rtol=0, atol=1e-6, err_msg=name)
+    count = sum(theirs[f"{name}/nested"].size for name in weights)
+    print(f"{odd} of {count:,} scales have another code")
+    assert odd <= 2e-5 * count
 
 
 def reference(folder, steps: list[dict]) -> list[np.ndarray]:

@@ -33,9 +33,9 @@ MARKED = CHATML.replace(
     "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
     "{{ message['content'] + '<|im_end|>\n' }}{% endif %}",
 )
-# bitsandbytes' 8-bit codes on CPU are not always the nearest: it looks them up by the first 16 bits of a number. In nf4
-# these are the scales' codes, in its Adam the moments'.
-LOOSER = {"quantization": 3e-4, "optim": 3e-3}
+# bitsandbytes on CPU takes moments' codes from 65,536 points between -1 and 1, so that none is below 1.6e-5 of the
+# largest of its block; ours are the nearest, as in its kernel for GPUs (test_adam_parity.py).
+LOOSER = {"optim": 3e-3}
 CASES = {
     "full": {},
     "full_accumulated": {"accumulation": 4},

@@ -38,6 +38,7 @@ class _Rule:
     """The constants of one step.
 
     Attributes:
+        fresh1, fresh2: 1 - beta, rounded once: 1 - float32(0.999) is off by 1e-5 of itself.
         rate: Learning rate over the first moment's bias correction.
         decay: What weights are multiplied by before the update.
         root: Square root of the second moment's bias correction.
@@ -45,6 +46,8 @@ class _Rule:
 
     beta1: np.float32
     beta2: np.float32
+    fresh1: np.float32
+    fresh2: np.float32
     epsilon: np.float32
     rate: np.float32
     decay: np.float32
@@ -53,9 +56,9 @@ class _Rule:
     def apply(self, weight: np.ndarray, gradient: np.ndarray, first: np.ndarray, second: np.ndarray) -> None:
         """Renew moments and weights, all float32 of one shape, in place."""
         first *= self.beta1
-        first += (1 - self.beta1) * gradient
+        first += self.fresh1 * gradient
         second *= self.beta2
-        second += (1 - self.beta2) * np.square(gradient)
+        second += self.fresh2 * gradient * gradient
         weight *= self.decay
         weight -= self.rate * first / (np.sqrt(second) / self.root + self.epsilon)
 
@@ -140,6 +143,8 @@ class AdamW8bit:
         return _Rule(
             beta1=np.float32(training.adam_beta1),
             beta2=np.float32(training.adam_beta2),
+            fresh1=np.float32(1.0 - training.adam_beta1),
+            fresh2=np.float32(1.0 - training.adam_beta2),
             epsilon=np.float32(training.adam_epsilon),
             rate=np.float32(rate / (1.0 - training.adam_beta1**self._steps)),
             decay=np.float32(decay),

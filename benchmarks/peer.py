@@ -27,7 +27,7 @@ MARKS = Marks(JOB)
 
 import torch
 from datasets import Dataset
-from ref_common import Recorded, load_model, load_tokenizer, read_rows, training_arguments
+from ref_common import Recorded, in_float32, load_model, load_tokenizer, read_rows, training_arguments
 
 
 class Marked(Recorded):
@@ -98,6 +98,7 @@ def dpo_trainer(job: dict):
 def train(job: dict) -> None:
     """Train, note each step, and say how many tokens each row has."""
     trainer = {"sft": sft_trainer, "dpo": dpo_trainer}[job["method"]](job)
+    in_float32(trainer.model, job)
     tokens = [_tokens(example) for example in trainer.train_dataset]
     trainer.train()
     m, k, n = MATMUL_SHAPE

@@ -173,7 +173,11 @@ def write_recipe(path: Path, job: dict, lora: LoraSettings = LORA) -> Path:
     """Our recipe of a job."""
     recipe = {
         "method": job["method"],
-        "model": {"path": job.get("adapter") or job["model"], "dtype": "float32"},
+        "model": {
+            "path": job.get("adapter") or job["model"],
+            "dtype": "float32",
+            "quantization": job.get("quantization", "none"),
+        },
         "data": {"train": [{"path": job["rows"]}], "max_length": job["max_length"]},
         "training": {
             "output_dir": str(path.with_suffix("")),
@@ -182,6 +186,7 @@ def write_recipe(path: Path, job: dict, lora: LoraSettings = LORA) -> Path:
             "learning_rate": job["learning_rate"],
             "lr_scheduler_type": job["scheduler"],
             "seed": job["seed"],
+            "recompute": job.get("recompute", False),
             "save_steps": 10_000,
             "shuffle": False,
         },

@@ -81,6 +81,7 @@ LEAN = {
     "nf4": ("lora={rank: 4}", *KINDS["nf4"]),
     "int8": ("lora={rank: 4}", *KINDS["int8"]),
     "dora": ("lora={rank: 4, variant: dora}",),
+    "qdora": ("lora={rank: 4, variant: dora}", *KINDS["nf4"]),
     "saved": ("lora={rank: 4, modules_to_save: [embed_tokens, lm_head]}",),
     "adamw_8bit": ("training.optim=adamw_8bit",),
 }
@@ -101,6 +102,11 @@ def test_packing_accumulation_and_recompute_change_nothing(kind, tmp_path, tiny_
 
 
 RESUMED = {
+    "qdora": (
+        "lora={rank: 4, variant: dora, dropout: 0.3, modules_to_save: [embed_tokens]}",
+        *KINDS["nf4"],
+        "training.optim=adamw_8bit",
+    ),
     "nf4": (LORA, *KINDS["nf4"], "training.optim=adamw_8bit"),
     "int8": (LORA, *KINDS["int8"]),
     "dora": ("lora={rank: 4, variant: dora, dropout: 0.3}",),

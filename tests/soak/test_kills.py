@@ -55,6 +55,13 @@ CASES = {
     "sft lora with dropout, packed": ["method=sft", LORA, *PACKED],
     "sft lora with dropout, streamed": ["method=sft", LORA, "data.streaming=true", ACCUMULATED],
     "sft full, streamed, packed": ["method=sft", *PACKED, "data.streaming=true"],
+    "sft qlora with dropout, 8-bit moments of the embeddings": [
+        "method=sft",
+        "lora={rank: 4, alpha: 8, dropout: 0.2, modules_to_save: [embed_tokens]}",
+        "model.quantization=nf4",
+        "training.optim=adamw_8bit",
+    ],
+    "dpo with dora on int8": ["method=dpo", "lora={rank: 4, variant: dora}", "model.quantization=int8"],
     "dpo lora, reference live": ["method=dpo", LORA, "dpo.precompute_ref_log_probs=false", ACCUMULATED],
 }
 

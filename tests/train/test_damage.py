@@ -22,6 +22,11 @@ FILES = [
     *(f"model/{name}" for name in MODEL_FILES),
 ]
 SOME = [(name, DAMAGES[number % len(DAMAGES)]) for number, name in enumerate(FILES[:5])]
+KIND = (
+    "lora={rank: 2, alpha: 4, dropout: 0.1, variant: dora, modules_to_save: [embed_tokens]}",
+    "model.quantization=nf4",
+    "training.optim=adamw_8bit",
+)
 
 
 def damage(path: Path, how: str) -> None:
@@ -37,12 +42,12 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_folder) -> tuple[Path, Path]:
-    """A recipe and its finished run: LoRA with dropout, three steps, three checkpoints."""
+    """A recipe and its finished run of three steps with a checkpoint each: all that a checkpoint can hold."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = write_recipe(
         folder, tiny_folder, max_steps=3, save_steps=1, save_total_limit=3, per_device_train_batch_size=2
     )
-    assert finetune("train", recipe, "lora={rank: 2, alpha: 4, dropout: 0.1}") == 0
+    assert finetune("train", recipe, *KIND) == 0
     files = (folder / "run" / "checkpoints" / "step-3").rglob("*")
     assert {str(p.relative_to(folder / "run" / "checkpoints" / "step-3")) for p in files if p.is_file()} == set(FILES)
     return recipe, folder / "run"
@@ -50,9 +55,7 @@ def trained(tmp_path_factory, tiny_folder) -> tuple[Path, Path]:
 
 def again(trained, run: Path, *overrides: str) -> int:
     console._warned.clear()
-    return finetune(
-        "train", trained[0], "lora={rank: 2, alpha: 4, dropout: 0.1}", f"training.output_dir={run}", *overrides
-    )
+    return finetune("train", trained[0], *KIND, f"training.output_dir={run}", *overrides)
 
 
 def copied(trained, tmp_path: Path) -> Path:

@@ -7,8 +7,10 @@ ending server cut answers off in the middle; what is added here are ends to that
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import resource
 import socket
 import time
@@ -35,17 +37,21 @@ UNSENT_SECONDS = 60
 LAST_SECONDS = 2
 """For last words when the grace is over."""
 MOST_CONNECTIONS = 1000
-_BACKLOG = 128
+# Connections that the kernel holds until they are accepted, and those that are accepted in one turn of the event loop.
+_QUEUE, _AT_ONCE = 128, 4
+# Turns of the loop from accepting one connection too many until it is closed, and some to spare.
+_TURNS = 8
 # Files that the process has open beside connections, and may open for a while.
 _OTHER_FILES = 64
 _LOG_SECONDS = 60
+_NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Take the address before the model is loaded, so that one in use is said at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
+        listener = _Listener(family, kind, protocol)
     except (OSError, OverflowError) as error:
         raise ArgumentError(f"the host is not known: {error}", where=f"--host {host}", fix="Use 127.0.0.1.") from error
     try:
@@ -62,12 +68,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def most_connections() -> int:
-    """Connections that leave files for everything else.
-
-    asyncio accepts a whole backlog before it asks whether there is room for it.
-    """
+    """Connections that leave files for everything else, those among them that are accepted to be turned away."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(8, min(MOST_CONNECTIONS, files - _OTHER_FILES - _BACKLOG))
+    return max(8, min(MOST_CONNECTIONS, files - _OTHER_FILES - _AT_ONCE * _TURNS))
+
+
+class _Listener(socket.socket):
+    """A socket whose queue is as long as it was, however few connections are accepted at a time.
+
+    asyncio calls both the backlog. It asks nobody whether there is room for what it accepts, so that with a long one
+    a flood takes all files before a single connection can be turned away.
+    """
+
+    def listen(self, backlog: int = _QUEUE, /) -> None:
+        super().listen(_QUEUE)
 
 
 class Server(uvicorn.Server):
@@ -91,12 +105,13 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                loop="asyncio",
                 http=Connection,
                 ws="none",
                 log_config=None,
                 log_level="error",
                 access_log=False,
-                backlog=_BACKLOG,
+                backlog=_AT_ONCE,
                 server_header=False,
             )
         )
@@ -109,6 +124,7 @@ class Server(uvicorn.Server):
             if not any(isinstance(handler, _SparseLog) for handler in logger.handlers):
                 logger.addHandler(_SparseLog())
                 logger.propagate = False
+        asyncio.get_running_loop().set_exception_handler(_unhandled)
         await super().startup(sockets)
         if self.started:
             self._on_start()
@@ -207,6 +223,16 @@ def _raw(error: ApiError) -> bytes:
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + body
+
+
+def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """No file for a connection is nobody's mistake: asyncio tries again in a second, and a line says it."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        reason = os.strerror(error.errno).lower()
+        logging.getLogger("asyncio").error("New connections wait until there is room for them (%s).", reason)
+    else:
+        loop.default_exception_handler(context)
 
 
 class _SparseLog(logging.Handler):

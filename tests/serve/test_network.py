@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -106,8 +107,23 @@ def test_more_connections_than_files_are_turned_away_quietly(opened, monkeypatch
     assert capsys.readouterr().err == ""
 
 
+def test_when_files_have_run_out_a_line_says_so(opened, monkeypatch, capsys):
+    """As when others have taken them: the limit of connections does not help."""
+    left = [OSError(errno.EMFILE, "Too many open files")] * 3
+    monkeypatch.setattr(network._Listener, "accept", lambda self: raised(left.pop()) if left else accept(self))
+    accept = socket.socket.accept
+    with serving(opened) as running:
+        assert httpx.get(f"{running.url}/health", timeout=30).status_code == 200
+    assert not left
+    assert capsys.readouterr().err == "New connections wait until there is room for them (too many open files).\n"
+
+
+def raised(error: Exception):
+    raise error
+
+
 def test_the_limit_of_connections_is_below_that_of_files(monkeypatch):
-    for files, most in ((1_000_000, 1000), (1024, 832), (256, 64), (64, 8)):
+    for files, most in ((1_000_000, 1000), (1024, 928), (256, 160), (64, 8)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, files=files: (files, files))
         assert network.most_connections() == most
 
@@ -163,7 +179,7 @@ def process_serving(folder: Path, *options: str):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128)),
     )
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
@@ -176,21 +192,29 @@ def process_serving(folder: Path, *options: str):
         process.kill()
 
 
+def filled(host: str, port: int) -> list[socket.socket]:
+    """Connections to a server that accepts none, until the kernel takes no more."""
+    held = []
+    with suppress(OSError):
+        while len(held) < 1000:
+            held.append(socket.create_connection((host, port), timeout=0.2))
+    return held
+
+
 def test_the_process_survives_a_flood_and_ends_without_a_word_too_many(tiny_untied_folder):
-    """400 connections against 256 files, then two signals while half a request is there."""
+    """All connections that the kernel holds against 128 files, then two signals while half a request is there."""
     with process_serving(tiny_untied_folder, "--name", "mine") as (url, process):
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "mine"
         host, port = url.removeprefix("http://").split(":")
-        held = []
-        for _ in range(400):
-            try:
-                held.append(socket.create_connection((host, int(port)), timeout=1))
-            except OSError:
-                break
-        time.sleep(1)
-        for connection in held:
-            connection.close()
-        wait_for(lambda: httpx.get(f"{url}/health", timeout=30).status_code == 200)
+        for _ in range(2):
+            process.send_signal(signal.SIGSTOP)  # so that all of them come at once
+            held = filled(host, int(port))
+            process.send_signal(signal.SIGCONT)
+            wait_for(lambda: httpx.get(f"{url}/health", timeout=30).status_code == 503)
+            for connection in held:
+                connection.close()
+            wait_for(lambda: httpx.get(f"{url}/health", timeout=30).status_code == 200)
+            assert len(held) > 100
         with socket.create_connection((host, int(port))) as half:
             half.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
             time.sleep(0.3)

@@ -13,7 +13,7 @@ right meanwhile (but for a packed model); padding is overwritten or masked, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ from finetune.model.frozen import frozen_of
 # would be more numbers than this: 512 MB in float32.
 _PIECE = 512
 _SCORES = 2**27
+# Logits behind the tokens of a prompt are computed for so many at a time.
+_TOLD = 32
 # Below this width, padding a row costs less than going through the weights for it once more.
 _NARROW = 64
 # Rotary tables begin with this many positions and double when a longer row comes.
@@ -73,13 +75,20 @@ class Decoder:
         cos, sin = angles.cos(), angles.sin()
         return paddle.concat([cos, cos], axis=-1), paddle.concat([-sin, sin], axis=-1)
 
-    def reading(self, prompts: list[np.ndarray], known: list[list[paddle.Tensor]] | None = None) -> Reading:
+    def reading(
+        self,
+        prompts: list[np.ndarray],
+        known: list[list[paddle.Tensor]] | None = None,
+        hear: Sequence[Callable[[np.ndarray], None] | None] | None = None,
+    ) -> Reading:
         """Begin to read prompts, each int64 [L_i]; nothing is computed before `Reading.advance`.
 
         Args:
             known: Of each prompt, what `KVCache.take` gave of its beginning, in parts; less than the whole prompt.
+            hear: Of each prompt, what is called with the logits behind its tokens, float32 [N, V], in their order: all
+                that are read but the prompt's last. None of those that nobody wants to know.
         """
-        return Reading(self, prompts, known or [[] for _ in prompts])
+        return Reading(self, prompts, known or [[] for _ in prompts], hear or [None] * len(prompts))
 
     def read(self, prompts: list[np.ndarray]) -> tuple[KVCache, paddle.Tensor]:
         """Read prompts, each int64 [L_i], in one pass over the weights per 512 tokens of rows of like length.
@@ -231,7 +240,13 @@ class Reading:
         left: Tokens that are not read yet.
     """
 
-    def __init__(self, decoder: Decoder, prompts: list[np.ndarray], known: list[list[paddle.Tensor]]):
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: list[np.ndarray],
+        known: list[list[paddle.Tensor]],
+        hear: Sequence[Callable[[np.ndarray], None] | None],
+    ):
         self._decoder = decoder
         lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
         read = np.array([sum(part.shape[2] for part in parts) for parts in known], dtype=np.int64)
@@ -241,6 +256,7 @@ class Reading:
         self._ids = np.zeros([len(prompts), int(lengths.max())], dtype=np.int64)
         self._cache = decoder.new_cache(len(prompts), int(lengths.max()) + 1)
         self._last: list[Any] = [None] * len(prompts)
+        self._hear = [hear[i] for i in self._order]
         for row, i in enumerate(self._order):
             self._ids[row, : lengths[i]] = prompts[i]
             start = 0
@@ -266,10 +282,19 @@ class Reading:
         after = np.minimum(before + width, self._lengths[first:end])
         with paddle.no_grad():
             hidden = self._decoder.piece(self._ids, self._cache, first, before, after)
+            self._tell(hidden, first, before, after)
         self._read[first:end] = after
         for row in np.flatnonzero(after == self._lengths[first:end]).tolist():
             self._last[first + row] = hidden[row][int(after[row] - before[row]) - 1]
         return int((after - before).sum())
+
+    def _tell(self, hidden: Any, first: int, before: np.ndarray, after: np.ndarray) -> None:
+        """Logits of what was read, a few positions at a time: they are as wide as the vocabulary."""
+        for row, start, stop in zip(range(first, first + len(before)), before.tolist(), after.tolist()):
+            hear, count = self._hear[row], min(stop, int(self._lengths[row]) - 1) - start
+            for t in range(0, count if hear is not None else 0, _TOLD):
+                states = [hidden[row - first][s] for s in range(t, min(t + _TOLD, count))]
+                hear(self._decoder.logits(states).numpy())
 
     def _next(self, tokens: int | None) -> tuple[int, int, int]:
         """The rows [first, end) of the next pass, and how many positions they go on by.

@@ -23,7 +23,7 @@ from finetune.compute.cache import KVCache
 from finetune.compute.decoder import Decoder, Reading
 from finetune.errors import DataError, FinetuneError
 from finetune.infer.prefix import PrefixCache
-from finetune.infer.row import Output, Request, Row
+from finetune.infer.row import Output, PromptScores, Request, Row
 from finetune.infer.sampling import DEFAULT_BATCH_SIZE, Sampling
 
 
@@ -213,18 +213,32 @@ class Batch:
     def begin(self, requests: list[Request]) -> None:
         """Take requests in; their prompts are read by `read`."""
         if requests:
-            rows = [self._row(request, s) for request in requests for s in range(request.sampling.n)]
             source = [i for i, request in enumerate(requests) for _ in range(request.sampling.n)]
-            self._enter(rows, [request.prompt for request in requests], source)
+            rows = [self._row(request, s) for request in requests for s in range(request.sampling.n)]
+            hear = [PromptScores(request) if request.scored else None for request in requests]
+            for row, i in zip(rows, source):
+                if heard := hear[i]:
+                    row.prompt_logprobs = heard.found
+            self._enter(rows, [request.prompt for request in requests], source, hear)
 
     def resume(self, rows: list[Row]) -> None:
         """Take rows that were dropped in again; what they have so far is read by `read`."""
         for row in rows:
-            self._enter([row], [row.sequence], [0])
+            self._enter([row], [row.sequence], [0], [None])
 
-    def _enter(self, rows: list[Row], prompts: list[np.ndarray], source: list[int]) -> None:
-        known = [self._prefixes.match(prompt) if self._prefixes else [] for prompt in prompts]
-        reading = self._engine.decoder.reading(prompts, known)
+    def _enter(
+        self,
+        rows: list[Row],
+        prompts: list[np.ndarray],
+        source: list[int],
+        hear: Sequence[Callable[[np.ndarray], None] | None],
+    ) -> None:
+        """Args as `_Entering`; hear[i] is told the logits behind each token of prompts[i], which is then read anew."""
+        known = [
+            self._prefixes.match(prompt) if self._prefixes and heard is None else []
+            for prompt, heard in zip(prompts, hear)
+        ]
+        reading = self._engine.decoder.reading(prompts, known, hear)
         self.reused += sum(map(len, prompts)) - reading.left
         self._entering.append(_Entering(rows, prompts, source, reading))
 
@@ -307,12 +321,13 @@ class Batch:
 
     def _row(self, request: Request, sample: int) -> Row:
         engine = self._engine
+        room = min(request.sampling.max_new_tokens, engine.context - len(request.prompt))
         stop_ids = request.sampling.stop_token_ids
         return Row(
             request=request,
             sample=sample,
             stop_ids=engine.stop_token_ids if stop_ids is None else frozenset(stop_ids),
-            limit=min(request.sampling.max_new_tokens, engine.context - len(request.prompt)),
+            limit=room if request.answered else 0,
             decoder=StreamDecoder(engine.tokenizer) if engine.tokenizer is not None else None,
         )
 
@@ -336,6 +351,9 @@ def _advance(rows: list[Row], logits, source: Sequence[int]) -> None:
                 fix="The weights are damaged or the training diverged: try an earlier checkpoint.",
             )
     for row, i in zip(rows, source):
+        if not row.limit:
+            row.finish_reason = "length"
+            continue
         try:
             if scores is None or row.likeliest:
                 row.accept(int(tokens[i]), float(largest[i]))

@@ -56,12 +56,33 @@ class Request:
 
     Attributes:
         grammar: What the answer must be; None leaves it free.
+        scored: Whether the prompt's own tokens get log-probabilities, as `sampling.logprobs` says.
+        answered: False where the prompt is only read.
     """
 
     prompt: np.ndarray
     sampling: Sampling
     index: Any = 0
     grammar: Grammar | None = None
+    scored: bool = False
+    answered: bool = True
+
+
+class PromptScores:
+    """Log-probabilities of a prompt's tokens, as its reading goes on.
+
+    Attributes:
+        found: Of the tokens but the first, so far.
+    """
+
+    def __init__(self, request: Request):
+        self.found: list[TokenLogprob] = []
+        self._prompt, self._top = request.prompt, request.sampling.logprobs or 0
+
+    def __call__(self, logits: np.ndarray) -> None:
+        """Go on by the logits behind the next tokens, float32 [N, V]."""
+        for scores in logits:
+            self.found.append(token_logprob(scores, int(self._prompt[len(self.found) + 1]), self._top))
 
 
 @dataclass
@@ -69,6 +90,7 @@ class Row:
     """One answer in the making. Depends on its own logits and its own random generator only.
 
     Attributes:
+        prompt_logprobs: Of the prompt's tokens but the first, once it is read; empty where they are not wanted.
         error: What went wrong while its next token was chosen. It is finished then, and has no output.
     """
 
@@ -81,6 +103,7 @@ class Row:
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     error: Exception | None = None
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from finetune.infer.row import Grammar, Request
 from finetune.infer.sampling import MAX_TOP_LOGPROBS, Sampling
 from finetune.rows.formats import parse_row
 from finetune.serve import fields
+from finetune.serve.echo import Echo
 from finetune.serve.errors import ApiError, shown
 
 if TYPE_CHECKING:
@@ -115,12 +116,14 @@ class Plan:
         requests: One per prompt.
         stream, include_usage: As asked for.
         reads_tool_calls: Whether tool calls are looked for in the answer.
+        echoes: The requests' prompts, where the answers are to begin with them.
     """
 
     requests: list[Request]
     stream: bool
     include_usage: bool
     reads_tool_calls: bool = False
+    echoes: tuple[Echo, ...] = ()
 
     @property
     def samples(self) -> int:
@@ -182,18 +185,27 @@ class RequestReader:
             ApiError: 400 or 404.
         """
         body = self._body(raw, CompletionBody)
-        for name, value in (("echo", body.echo), ("best_of", body.best_of not in (None, body.n or 1))):
-            if value:
-                raise ApiError(400, f"{name} is not supported.", param=name)
-        sampling = self._sampling(
-            body, body.max_tokens, DEFAULT_COMPLETION_TOKENS, body.logprobs, "max_tokens", "logprobs"
-        )
+        if body.best_of not in (None, body.n or 1):
+            raise ApiError(400, "best_of is not supported.", param="best_of")
+        only_read = bool(body.echo) and body.max_tokens == 0
+        limit = 1 if only_read else body.max_tokens
+        sampling = self._sampling(body, limit, DEFAULT_COMPLETION_TOKENS, body.logprobs, "max_tokens", "logprobs")
         prompts = fields.prompts(body.prompt, most=self._max_rows // sampling.n, context=self._context)
         ids = [
             prompt if isinstance(prompt, list) else self._encode(prompt, "prompt", add_special_tokens=True)
             for prompt in prompts
         ]
-        return self._plan(body, [self._request(prompt, sampling, "prompt") for prompt in ids])
+        requests = [self._request(prompt, sampling, "prompt") for prompt in ids]
+        plan = self._plan(body, requests)
+        if not body.echo:
+            return plan
+        scored = sampling.logprobs is not None
+        echoed = [replace(request, scored=scored, answered=not only_read) for request in requests]
+        return replace(plan, requests=echoed, echoes=tuple(map(self._echo, prompts, ids)))
+
+    def _echo(self, prompt: str | list[int], ids: list[int]) -> Echo:
+        tokenizer = self._opened.tokenizer
+        return Echo.of(tokenizer, ids, unwritten=len(tokenizer.around[0]) if isinstance(prompt, str) else 0)
 
     def _plan(self, body: _Body, requests: list[Request], reads_tool_calls: bool = False) -> Plan:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)

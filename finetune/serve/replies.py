@@ -12,11 +12,13 @@ from typing import Any
 from finetune import __version__
 from finetune.chat.tokenizer import Tokenizer
 from finetune.infer.sampling import TokenLogprob
+from finetune.serve.echo import Echo
 from finetune.serve.protocol import Plan
 from finetune.serve.scheduler import Event
 from finetune.serve.tool_calls import ToolCall, ToolCallReader
 
 Json = dict[str, Any]
+_NO_ECHO = Echo("", [])
 
 
 class TokenTexts:
@@ -190,20 +192,44 @@ class TextReply(_Reply):
     prefix, whole, piece = "cmpl", "text_completion", "text_completion"
 
     def _choice_pieces(self, index: int, event: Event) -> list[Json]:
-        if not event.text and not event.logprobs and event.output is None:
-            return []
-        reason = event.output.finish_reason if event.output is not None else None
-        piece = {"index": index, "text": event.text, "logprobs": None, "finish_reason": reason}
-        if event.logprobs:
-            piece["logprobs"] = {
-                "tokens": [self._tokens.text(entry.token) for entry, _ in event.logprobs],
-                "token_logprobs": [entry.logprob for entry, _ in event.logprobs],
-                "top_logprobs": [
-                    {self._tokens.text(token): logprob for token, logprob in entry.top} for entry, _ in event.logprobs
-                ],
-                "text_offset": [start for _, start in event.logprobs],
-            }
-        return [piece]
+        pieces: list[Json] = []
+        echo = self.plan.echoes[event.prompt] if self.plan.echoes else _NO_ECHO
+        if self.plan.echoes and index not in self._choices:
+            self._choices[index] = echo
+            pieces.append(self._echoed(index, echo, event))
+        if event.text or event.logprobs or event.output is not None:
+            reason = event.output.finish_reason if event.output is not None else None
+            piece = {"index": index, "text": event.text, "logprobs": None, "finish_reason": reason}
+            if event.logprobs:
+                starts = [len(echo.text) + start for _, start in event.logprobs]
+                piece["logprobs"] = self._logprobs([entry for entry, _ in event.logprobs], starts)
+            pieces.append(piece)
+        return pieces
+
+    def _echoed(self, index: int, echo: Echo, event: Event) -> Json:
+        """The prompt as the first piece. Nothing is before its first token, which so has no log-probability."""
+        logprobs = None
+        request = self.plan.requests[event.prompt]
+        if request.scored:
+            logprobs = self._logprobs(event.prompt_logprobs, echo.starts[1:])
+            first = (self._tokens.text(int(request.prompt[0])), None, None, echo.starts[0])
+            logprobs = {name: [value, *logprobs[name]] for name, value in zip(logprobs, first)}
+        return {"index": index, "text": echo.text, "logprobs": logprobs, "finish_reason": None}
+
+    def _logprobs(self, entries: list[TokenLogprob], starts: list[int]) -> dict[str, list[Any]]:
+        return {
+            "tokens": [self._tokens.text(entry.token) for entry in entries],
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [self._top(entry) for entry in entries],
+            "text_offset": starts,
+        }
+
+    def _top(self, entry: TokenLogprob) -> dict[str, float]:
+        """By text; where several tokens have the same, such as parts of characters, the likeliest counts."""
+        found: dict[str, float] = {}
+        for token, logprob in entry.top:
+            found.setdefault(self._tokens.text(token), logprob)
+        return found
 
     def _empty(self, index: int) -> Json:
         logprobs: Json | None = None

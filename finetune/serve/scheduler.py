@@ -48,6 +48,7 @@ class Event:
         text: What is new; of an answer that is not streamed, the whole.
         logprobs: The new tokens' log-probabilities and where their text begins.
         output: The whole answer, with the last event.
+        prompt_logprobs: As the row's.
     """
 
     prompt: int
@@ -55,6 +56,7 @@ class Event:
     text: str
     logprobs: list[tuple[TokenLogprob, int]]
     output: Output | None
+    prompt_logprobs: list[TokenLogprob]
 
 
 @dataclass(eq=False)
@@ -288,8 +290,8 @@ class Scheduler:
                 if output is not None:
                     self._finish(ticket)
                 if text or logprobs or output:
-                    news.append((ticket, Event(prompt, row.sample, text, logprobs, output)))
-        self.metrics.generated_tokens.inc(len(rows))
+                    news.append((ticket, Event(prompt, row.sample, text, logprobs, output, row.prompt_logprobs)))
+        self.metrics.generated_tokens.inc(sum(bool(row.tokens) for row in rows))
         self._send(news)
 
     def _send(self, news: list[tuple[Ticket, Event | Exception]]) -> None:

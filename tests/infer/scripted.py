@@ -64,7 +64,7 @@ class Script:
         self.largest = 0
         self.fails = False
 
-    def reading(self, prompts, known):
+    def reading(self, prompts, known, hear):
         """A row that is read again has part of the script at the end of its prompt."""
         return ScriptReading(self, [self._already_said(list(prompt)) for prompt in prompts], sum(map(len, prompts)))
 

@@ -234,6 +234,9 @@ def serve(
         int,
         typer.Option(parser=whole(0), metavar="N", help="Tokens remembered of prompts, for those that begin alike."),
     ] = 16_384,
+    split_special_tokens: Annotated[
+        bool, typer.Option("--split-special-tokens", help="Special tokens in messages are text, as any other words.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="A line for every request.")] = False,
     dtype: Dtype = "auto",
     quantization: Quantization = "none",
@@ -253,6 +256,7 @@ def serve(
         max_queue=max_queue,
         max_new_tokens=max_new_tokens,
         prefix_cache=prefix_cache,
+        split_special_tokens=split_special_tokens,
         verbose=verbose,
         held=_held(dtype, quantization),
     )

@@ -77,6 +77,7 @@ def serve(
     max_queue: int = DEFAULT_MAX_QUEUE,
     max_new_tokens: int | None = None,
     prefix_cache: int = DEFAULT_PREFIX_CACHE,
+    split_special_tokens: bool = False,
     verbose: bool = False,
     held: Held = AS_STORED,
 ) -> None:
@@ -87,6 +88,7 @@ def serve(
         name: What requests call the model; the last part of `model` where None.
         api_key: Asked of every request to /v1; None asks none.
         allowed_hosts, allowed_origins: As `Access.of`.
+        split_special_tokens: As `RequestReader` has it.
         verbose: A line per request.
         held: How the weights are held in memory.
 
@@ -99,7 +101,7 @@ def serve(
         opened = open_model(model, held, pack=True)
         name = name or default_name(model)
         limits = Limits(max_batch, max_queue, max_new_tokens, prefix_cache)
-        app = build_app(opened, name, limits, access=access, verbose=verbose)
+        app = build_app(opened, name, limits, access=access, split_special_tokens=split_special_tokens, verbose=verbose)
         url = _url(host, listener.getsockname()[1])
         if api_key is None and not is_loopback(host):
             warn(f"anyone who reaches {host} can use this server. Set FINETUNE_API_KEY, or use a loopback host.")
@@ -150,6 +152,7 @@ def build_app(
     limits: Limits,
     *,
     access: Access = Access(),
+    split_special_tokens: bool = False,
     verbose: bool = False,
 ) -> FastAPI:
     """The HTTP application; its engine thread lives as long as the application does.
@@ -186,6 +189,7 @@ def build_app(
         max_new_tokens=limits.max_new_tokens,
         max_batch=limits.max_batch,
         max_queue=limits.max_queue,
+        split_special_tokens=split_special_tokens,
     )
     _add_routes(app, _Endpoints(scheduler, metrics, reader, TokenTexts(opened.tokenizer), access.api_key))
     if access.origins:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.config import JsonDict
 
+from finetune.chat.literal import Literal
 from finetune.chat.messages import Conversation
 from finetune.chat.render import prompt_text
 from finetune.errors import ArgumentError, CheckpointError, DataError, did_you_mean
@@ -142,10 +143,21 @@ class RequestReader:
         max_new_tokens: Most tokens of an answer; None leaves it to the model's context.
         max_batch: Most samples of a prompt.
         max_queue: How many answers, beside `max_batch`, one request may ask for at once.
+        split_special_tokens: Whether special tokens in what a chat's messages and tools say are just text.
     """
 
-    def __init__(self, opened: Opened, name: str, *, max_new_tokens: int | None, max_batch: int, max_queue: int):
+    def __init__(
+        self,
+        opened: Opened,
+        name: str,
+        *,
+        max_new_tokens: int | None,
+        max_batch: int,
+        max_queue: int,
+        split_special_tokens: bool = False,
+    ):
         self.name = name
+        self._literal = Literal(opened.tokenizer) if split_special_tokens else None
         self._opened = opened
         self._context = opened.engine.context
         self._max_new_tokens = min(max_new_tokens or self._context, self._context)
@@ -174,7 +186,12 @@ class RequestReader:
             logprobs = body.top_logprobs or 0
         limit_name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         sampling = self._sampling(body, getattr(body, limit_name), None, logprobs, limit_name, "top_logprobs")
-        ids = self._encode(self._render(body, tools), "messages", add_special_tokens=False)
+        text, mark = self._render(body, tools)
+        if mark is None or self._literal is None:
+            ids = self._encode(text, "messages", add_special_tokens=False)
+        else:
+            self._check_length(text, "messages")
+            ids = self._literal.encode(text, mark)
         request = replace(self._request(ids, sampling, "messages"), grammar=self._grammar(body, tools))
         return self._plan(body, [request], reads_tool_calls=bool(tools))
 
@@ -309,18 +326,22 @@ class RequestReader:
         except CheckpointError as error:
             raise ApiError(400, "The model has no chat template; use /v1/completions.") from error
 
-    def _render(self, body: ChatBody, tools: list[dict[str, Any]] | None) -> str:
+    def _render(self, body: ChatBody, tools: list[dict[str, Any]] | None) -> tuple[str, str | None]:
+        """The prompt's text, and the mark in it (see `Literal`) where special tokens are to be text."""
         self._template_knows_tools(tools)
         messages = fields.messages(body.messages, self._context)
         for message in messages:
             if message["role"] != "assistant":  # of those, templates may drop the reasoning
                 self._check_length(message.get("content") or "", "messages")
         variables = fields.template_variables(body.chat_template_kwargs)
+        mark = None if self._literal is None else self._literal.mark_for([messages, tools, variables])
+        if self._literal is not None and mark is not None:
+            messages, tools, variables = self._literal.marked([messages, tools, variables], mark)
         try:
             conversation = parse_row({"messages": messages, "tools": tools}, "messages", "body")
             assert isinstance(conversation, Conversation)
             with self._rendering:
-                return prompt_text(self._opened.tokenizer, conversation, **variables)
+                return prompt_text(self._opened.tokenizer, conversation, **variables), mark
         except DataError as error:
             fault = error.faults[0]
             key = re.search(r"key (\S+)$", fault.where or "")

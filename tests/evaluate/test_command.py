@@ -147,3 +147,13 @@ def test_benchmarks_of_the_page(name, model, monkeypatch, capsys):
     subjects = {"mmlu": 57, "ceval": 52, "gsm8k": 1}[name]
     assert line.split()[0] == name and line.split()[-1] == str(subjects)
     assert line.split()[1] == BENCHMARKS[name].metric.split(",")[0]
+
+
+def test_long_names_of_tasks_stand_above_their_figures():
+    from finetune.evaluate.run import _line
+
+    figures = "0.5000", "0.0100", "200"
+    short, long = _line("gsm8k", "exact_match", *figures), _line("a_task_of_thirty_letters_and_so", "acc", *figures)
+    above, below = long.splitlines()
+    assert above == "a_task_of_thirty_letters_and_so  acc" and below.lstrip() == short[52:].lstrip()
+    assert len(below) == len(short) == 79

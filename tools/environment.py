@@ -168,6 +168,8 @@ def shown(line: str) -> Iterator[str]:
     if line.strip().startswith(SHOWN):
         text = " ".join(line.split())
         yield text if len(text) <= WIDTH else text[: WIDTH - 3] + "..."
+        if text.startswith("Installed"):  # uv's; it says nothing more until it is done
+            yield "Compiling their bytecode, which takes the longest"
 
 
 def python_of(folder: Path) -> Path:

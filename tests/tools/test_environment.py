@@ -142,5 +142,7 @@ def test_lines_that_are_shown():
         "Downloading paddlepaddle (185.8MiB)"
     ]
     assert list(environment.shown(" + greeting==1.0\n")) == []
+    installed, compiling = environment.shown("Installed 169 packages in 1.09s\n")
+    assert installed.startswith("Installed") and "bytecode" in compiling
     (long,) = environment.shown("Installing collected packages: " + "name, " * 100)
     assert len(long) == environment.WIDTH and long.endswith("...")

@@ -121,36 +121,43 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _number(low: float, high: float) -> Callable[[Any], bool]:
-    def valid(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-            return False
-        return bool(low <= value <= high)
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; None where `optional`."""
 
-    return valid
+    low: float
+    high: float = float("inf")
+    whole: bool = False
+    optional: bool = False
 
-
-def _whole(low: int, high: float = float("inf"), *, optional: bool = False) -> Callable[[Any], bool]:
-    def valid(value: Any) -> bool:
+    def __call__(self, value: Any) -> bool:
         if value is None:
-            return optional
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            return False
-        return bool(low <= value <= high)
+            return self.optional
+        kinds = (int, np.integer) if self.whole else (int, float, np.integer, np.floating)
+        return not isinstance(value, bool) and isinstance(value, kinds) and bool(self.low <= value <= self.high)
 
+
+def _whole(low: int, high: float = float("inf"), *, optional: bool = False) -> Range:
+    return Range(low, high, whole=True, optional=optional)
+
+
+def range_of(name: str) -> Range:
+    """What a setting that is a number may be."""
+    valid, _ = _RANGES[name]
+    assert isinstance(valid, Range)
     return valid
 
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (_whole(1), "a whole number of at least 1"),
     "min_new_tokens": (_whole(0), "a whole number of at least 0"),
-    "temperature": (_number(0, 1e6), "0 (greedy) or a positive number up to 1000000"),
-    "top_p": (_number(0, 1), "a number from 0 to 1"),
+    "temperature": (Range(0, 1e6), "0 (greedy) or a positive number up to 1000000"),
+    "top_p": (Range(0, 1), "a number from 0 to 1"),
     "top_k": (_whole(0), "0 (off) or a positive whole number"),
-    "min_p": (_number(0, 1), "a number from 0 to 1"),
-    "repetition_penalty": (_number(1e-3, 1e3), "a number from 0.001 to 1000; 1 is off"),
-    "presence_penalty": (_number(-2, 2), "a number from -2 to 2"),
-    "frequency_penalty": (_number(-2, 2), "a number from -2 to 2"),
+    "min_p": (Range(0, 1), "a number from 0 to 1"),
+    "repetition_penalty": (Range(1e-3, 1e3), "a number from 0.001 to 1000; 1 is off"),
+    "presence_penalty": (Range(-2, 2), "a number from -2 to 2"),
+    "frequency_penalty": (Range(-2, 2), "a number from -2 to 2"),
     "seed": (_whole(0, optional=True), "a whole number of at least 0"),
     "n": (_whole(1), "a whole number of at least 1"),
     "stop": (lambda value: type(value) is tuple and all(type(s) is str and s for s in value), "non-empty texts"),

@@ -21,7 +21,7 @@ from finetune.chat.render import prompt_text
 from finetune.errors import ArgumentError, CheckpointError, DataError, did_you_mean
 from finetune.infer.open import Opened
 from finetune.infer.row import Grammar, Request
-from finetune.infer.sampling import MAX_TOP_LOGPROBS, Sampling
+from finetune.infer.sampling import MAX_TOP_LOGPROBS, Sampling, range_of
 from finetune.rows.formats import parse_row
 from finetune.serve import fields
 from finetune.serve.echo import Echo
@@ -49,6 +49,13 @@ def _list(kind: str) -> JsonDict:
     return {"type": "array", "items": {"type": kind}}
 
 
+def _within(setting: str) -> JsonDict:
+    """How /openapi.json writes what a number may be."""
+    allowed = range_of(setting)
+    bounds: JsonDict = {"minimum": allowed.low}
+    return bounds if allowed.high == float("inf") else {**bounds, "maximum": allowed.high}
+
+
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
     include_usage: bool | None = None
@@ -65,17 +72,21 @@ class _Body(BaseModel):
     model: str = Field(description="the name of a model, see /v1/models")
     stream: bool | None = Field(None, description="true or false")
     stream_options: _StreamOptions | None = Field(None, description='an object like {"include_usage": true}')
-    max_tokens: int | None = Field(None, description="a whole number")
-    min_tokens: int | None = Field(None, description="a whole number")
-    temperature: float | None = Field(None, description="a number")
-    top_p: float | None = Field(None, description="a number")
-    top_k: int | None = Field(None, description="a whole number")
-    min_p: float | None = Field(None, description="a number")
-    repetition_penalty: float | None = Field(None, description="a number")
-    presence_penalty: float | None = Field(None, description="a number")
-    frequency_penalty: float | None = Field(None, description="a number")
+    max_tokens: int | None = Field(None, description="a whole number", json_schema_extra={"minimum": 0})
+    min_tokens: int | None = Field(None, description="a whole number", json_schema_extra=_within("min_new_tokens"))
+    temperature: float | None = Field(None, description="a number", json_schema_extra=_within("temperature"))
+    top_p: float | None = Field(None, description="a number", json_schema_extra=_within("top_p"))
+    top_k: int | None = Field(None, description="a whole number", json_schema_extra=_within("top_k"))
+    min_p: float | None = Field(None, description="a number", json_schema_extra=_within("min_p"))
+    repetition_penalty: float | None = Field(
+        None, description="a number", json_schema_extra=_within("repetition_penalty")
+    )
+    presence_penalty: float | None = Field(None, description="a number", json_schema_extra=_within("presence_penalty"))
+    frequency_penalty: float | None = Field(
+        None, description="a number", json_schema_extra=_within("frequency_penalty")
+    )
     seed: int | None = Field(None, description="a whole number")
-    n: int | None = Field(None, description="a whole number")
+    n: int | None = Field(None, description="a whole number", json_schema_extra=_within("n"))
     stop: Any = Field(None, json_schema_extra={"anyOf": [{"type": "string"}, _list("string"), _NULL]})
     stop_token_ids: Any = Field(None, json_schema_extra={"anyOf": [_list("integer"), _NULL]})
     ignore_eos: bool | None = Field(None, description="true or false")
@@ -88,9 +99,13 @@ class ChatBody(_Body):
     messages: Any = Field(json_schema_extra=_list("object"))
     tools: Any = Field(None, json_schema_extra={"anyOf": [_list("object"), _NULL]})
     tool_choice: Any = Field(None, json_schema_extra={"type": ["string", "object", "null"]})
-    max_completion_tokens: int | None = Field(None, description="a whole number")
+    max_completion_tokens: int | None = Field(
+        None, description="a whole number", json_schema_extra=_within("max_new_tokens")
+    )
     logprobs: bool | None = Field(None, description="true or false")
-    top_logprobs: int | None = Field(None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}")
+    top_logprobs: int | None = Field(
+        None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}", json_schema_extra=_within("logprobs")
+    )
     response_format: Any = Field(None, json_schema_extra={"type": ["object", "null"]})
     chat_template_kwargs: Any = Field(None, json_schema_extra={"type": ["object", "null"]})
     parallel_tool_calls: bool | None = Field(None, description="true or false")
@@ -100,7 +115,9 @@ class CompletionBody(_Body):
     """Of /v1/completions."""
 
     prompt: Any = Field(json_schema_extra={"type": ["string", "array"]})
-    logprobs: int | None = Field(None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}")
+    logprobs: int | None = Field(
+        None, description=f"a whole number from 0 to {MAX_TOP_LOGPROBS}", json_schema_extra=_within("logprobs")
+    )
     echo: bool | None = Field(None, description="true or false")
     suffix: str | None = Field(None, max_length=0, description="left out; it is not supported")
     best_of: int | None = Field(None, description="left out; it is not supported")

@@ -9,7 +9,7 @@ import json
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from finetune.infer.open import open_model
@@ -17,7 +17,13 @@ from finetune.serve.app import Limits
 from tests.infer.scripted import serving
 from tests.serve import drawn
 
+HELLO = [{"role": "user", "content": "Hello"}]
 HEADERS = {"content-type": "application/json"}
+
+
+def answered(form: dict, **others) -> dict:
+    """A right body with a response_format: few are drawn."""
+    return {"model": "tiny", "messages": HELLO, "max_tokens": 8, "response_format": form, **others}
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +49,31 @@ def test_the_description_names_every_path_and_its_errors(documented):
         assert {"200", "400", "401", "403", "404", "408", "413", "415", "429", "500", "503"} == set(post["responses"])
 
 
+def test_the_description_has_the_bounds_of_numbers(client, documented):
+    """At a bound a value is right, and beyond it wrong."""
+    bounds = 0
+    for path, needed in (("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "a"})):
+        schema = documented["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for name, held in schema["properties"].items():
+            for bound, beyond in (("minimum", -1), ("maximum", 1)):
+                if bound not in held or name == "max_tokens":  # 0 of them only beside echo
+                    continue
+                bounds += 1
+                limit = int(held[bound]) if held[bound] == int(held[bound]) else held[bound]
+                for value, status in ((limit, 200), (limit + beyond, 400)):
+                    body = {"model": "tiny", "max_tokens": 1, "logprobs": True, **needed, name: value}
+                    if path == "/v1/completions" and name != "logprobs":
+                        del body["logprobs"]
+                    answer = client.post(path, json=body)
+                    assert answer.status_code == status, (name, value, answer.text)
+    assert bounds == 2 * 15 + 5
+
+
 @settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(drawn.requests())
+@example(("/v1/chat/completions", answered({"type": "json_object"})))
+@example(("/v1/chat/completions", answered({"type": "json_schema", "json_schema": {"schema": {"enum": [1, "a"]}}})))
+@example(("/v1/chat/completions", answered({"type": "text"}, stream=True)))
 def test_any_body_gets_a_documented_answer(client, documented, request_):
     path, body = request_
     answer = client.post(path, content=json.dumps(body), headers=HEADERS)

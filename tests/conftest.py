@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if WORKERS := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # threads that wait for each other spin: half the time, seen
+    os.environ.setdefault("MKL_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(WORKERS))))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that `from tests.tiny import ...` works anywhere
 
 import pytest

@@ -43,19 +43,25 @@ def content(tiny_folder) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def server(content, tmp_path, monkeypatch):
-    """The state of a server that all hubs' clients are pointed at, their caches empty and their patience short."""
+def patience() -> float:
+    """Seconds that a client waits for an answer: longer than the server takes on a machine that is busy."""
+    return 10.0
+
+
+@pytest.fixture
+def server(content, tmp_path, monkeypatch, patience):
+    """The state of a server that all hubs' clients are pointed at, their caches empty."""
     with serve(content) as (address, state):
         monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path / "cache"))
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        _point_huggingface(monkeypatch, address, tmp_path)
-        _point_modelscope(monkeypatch, address, tmp_path)
+        _point_huggingface(monkeypatch, address, tmp_path, patience)
+        _point_modelscope(monkeypatch, address, tmp_path, patience)
         monkeypatch.setenv("STUDIO_GIT_HOST", address)
         monkeypatch.setenv("STUDIO_MODEL_API_URL_PREFIX", address)
         monkeypatch.setenv("AISTUDIO_ACCESS_TOKEN", "secret")
-        monkeypatch.setattr("aistudio_sdk.requests.hub.CONNECTION_TIMEOUT", 0.3)
+        monkeypatch.setattr("aistudio_sdk.requests.hub.CONNECTION_TIMEOUT", patience)
         monkeypatch.setenv("COMMUNITY_MODEL_PREFIX", f"{address}/community")
-        monkeypatch.setattr(store, "TIMEOUT", (0.3, 0.3))
+        monkeypatch.setattr(store, "TIMEOUT", (patience, patience))
         for module in (store, huggingface):
             monkeypatch.setattr(module, "WAIT", 0.0)
         monkeypatch.setattr(store, "TRIES", 2)
@@ -65,21 +71,21 @@ def server(content, tmp_path, monkeypatch):
         fetch.cache_clear()
 
 
-def _point_huggingface(monkeypatch, address: str, tmp_path: Path) -> None:
+def _point_huggingface(monkeypatch, address: str, tmp_path: Path, patience: float) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", patience)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", patience)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 8192)
     for module in (file_download, _http):
         monkeypatch.setattr(module, "time", types.SimpleNamespace(sleep=lambda seconds: None, time=time.time))
-    monkeypatch.setattr(huggingface, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(huggingface, "_TIMEOUT", patience)
 
 
-def _point_modelscope(monkeypatch, address: str, tmp_path: Path) -> None:
+def _point_modelscope(monkeypatch, address: str, tmp_path: Path, patience: float) -> None:
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
     monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "modelscope"))
     monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "modelscope-home"))
@@ -88,8 +94,8 @@ def _point_modelscope(monkeypatch, address: str, tmp_path: Path) -> None:
     for name, value in (("DOWNLOAD_RETRY_TIMES", 3), ("DOWNLOAD_RETRY_MAX_DELAY_SECONDS", 0)):
         monkeypatch.setattr(f"modelscope_hub._download.{name}", value)
     monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0)
-    monkeypatch.setattr("modelscope_hub._legacy_api.DOWNLOAD_TIMEOUT", 0.2)
-    monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("modelscope_hub._legacy_api.DOWNLOAD_TIMEOUT", patience)
+    monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_TIMEOUT_SECONDS", patience)
     monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_MAX_ATTEMPTS", 1)
 
 
@@ -175,13 +181,13 @@ def test_a_hub_that_shows_a_model_and_keeps_its_files(hub, status, server):
     assert_nothing(hub, server)
 
 
+@pytest.mark.parametrize("patience", [0.3])
 @pytest.mark.parametrize("silent", ["listing", "files"])
 @each_hub
-def test_a_hub_that_does_not_answer(hub, silent, server, content):
+def test_a_hub_that_does_not_answer(hub, silent, server):
     server.silent = silent
     assert "did not answer in time" in refused(hub, HubError)
-    server.silent = None
-    assert_whole(get(hub), content)
+    assert_nothing(hub, server)
 
 
 @each_hub

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import html
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -99,7 +100,7 @@ def english() -> dict[str, str]:
         for name, section in schema.SECTIONS.items()
         for part in section.__mro__  # a section may take keys over from where they are used
         if "finetune" in part.__module__
-        for key, text in attributes(part.__doc__ or "")
+        for key, text in attributes(inspect.cleandoc(part.__doc__ or ""))
     }
     forms = {f"forms.{name}": form.says for name, form in FORMS.items()}
     return keys | forms | {f"rooms.{room}": room_docstring(room) for rooms in floors() for room in rooms}
@@ -108,7 +109,7 @@ def english() -> dict[str, str]:
 def attributes(docstring: str) -> Iterator[tuple[str, str]]:
     """(name, text) of a docstring's "Attributes", each text in one line."""
     _, _, body = docstring.partition("Attributes:\n")
-    for entry in re.split(r"\n(?= {8}\w)", body.rstrip()):
+    for entry in re.split(r"\n(?= {4}\w)", body.rstrip()):
         name, _, text = entry.strip().partition(": ")
         if text:
             yield name, " ".join(text.split())
@@ -176,7 +177,7 @@ def losses_table(language: Language) -> str:
     """The losses over pairs; formula and source are the first "loss = " and "arXiv:" of a function's docstring."""
     lines = [f"| {language.words['losses head']} |", "| --- | --- | --- | --- | --- |"]
     for name, kind in LOSSES.items():
-        text = kind.function.__doc__ or ""
+        text = inspect.cleandoc(kind.function.__doc__ or "")
         formula, paper = re.search(r"loss = (.*)\.\n", text), re.search(r"arXiv:\d{4}\.\d{5}", text)
         if formula is None or paper is None:
             raise KeyError(f"the docstring of {kind.function.__name__} has no line 'loss = ...' or no arXiv number")

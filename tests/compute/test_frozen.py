@@ -93,7 +93,7 @@ def test_loss_and_gradients_are_those_of_the_numbers_that_the_codes_stand_for(ti
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in gradients.items():
         expected = expected_gradients[name]
-        assert gradient == pytest.approx(expected, rel=1e-4, abs=1e-5 * np.abs(expected).max()), name
+        assert gradient == pytest.approx(expected, rel=1e-4, abs=1e-5 * float(np.abs(expected).max())), name
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])

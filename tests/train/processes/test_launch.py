@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -62,6 +61,12 @@ def ranks(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
+def hear_all() -> None:
+    """Undo what a run would leave as it finds it: shells ignore SIGINT in what they start behind, nohup SIGHUP."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start_two(tmp_path, tiny_folder) -> Iterator[Callable[[], tuple[subprocess.Popen, Path]]]:
     """A function that starts a long run of two processes; what of it is left at the end of the test is killed."""
@@ -70,10 +75,8 @@ def start_two(tmp_path, tiny_folder) -> Iterator[Callable[[], tuple[subprocess.P
     def start() -> tuple[subprocess.Popen, Path]:
         recipe = write_recipe(tmp_path, tiny_folder, max_steps=100_000)
         command = [sys.executable, "-m", "finetune", "train", str(recipe), "--nproc", "2"]
-        # A shell ignores SIGINT in what it starts in the background, and a run leaves ignored what it finds ignored.
-        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         outputs = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, **outputs, text=True, preexec_fn=heard))
+        started.append(subprocess.Popen(command, **outputs, text=True, preexec_fn=hear_all))
         return started[0], tmp_path / "run"
 
     yield start

@@ -14,6 +14,7 @@ from finetune.chat.tokenizer import Tokenizer
 from finetune.console import format_count, warn
 from finetune.errors import ArgumentError, DataError, Fault
 from finetune.rows.formats import parse_row
+from finetune.rows.unread import check_media
 
 MAX_FAULTS = 20  # faults of an input file that are named before the rest is only counted
 
@@ -146,8 +147,9 @@ def to_conversation(row: dict[str, Any], source: str) -> Conversation:
     """What stands before the answer in a row of any form.
 
     Raises:
-        DataError: the row has no known form, or nothing is left to answer.
+        DataError: the row has no known form, is about pictures or sounds, or nothing is left to answer.
     """
+    check_media(row, source)
     if "prompt" in row:
         row = _prompt_as_messages(row, source)
     else:

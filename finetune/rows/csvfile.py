@@ -24,7 +24,7 @@ def read_csv(file: DataFile, size: int) -> Iterator[Block]:
         lines = _CsvLines(stream, file)
         reader = csv.reader(lines, strict=True)
         try:
-            header = next(reader, None)
+            header = _columns(next(reader, []), file)
             number, rows = 1, []
             for row in reader:
                 if row:
@@ -38,6 +38,20 @@ def read_csv(file: DataFile, size: int) -> Iterator[Block]:
             raise DataError(f"not valid csv: {error}", where=f"{file.name}, line {reader.line_num}") from error
         finally:
             csv.field_size_limit(limit)
+
+
+def _columns(header: list[str], file: DataFile) -> list[str]:
+    """The names of columns, without the space that stands before some."""
+    columns = [name.strip() for name in header]
+    where = f"{file.name}, line 1"
+    sign = next((sign for sign in (";", "\t") if len(columns) == 1 and sign in columns[0]), None)
+    if sign:
+        what = f"the header is one column, {columns[0][:60]!r}"
+        raise DataError(what, where=where, fix=f"Part the columns by commas, not by {sign!r}.")
+    for i, name in enumerate(columns):
+        if name and name in columns[:i]:
+            raise DataError(f"the header has the column {name} twice", where=where, fix="Keep one of the two.")
+    return columns
 
 
 class _CsvLines:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from finetune.chat.example import IGNORE, Example, PairExample, shared_prompt_length
-from finetune.chat.messages import KNOWN_KEYS, Conversation, PlainText, Preference
+from finetune.chat.messages import KNOWN_KEYS, REASONING_KEYS, Conversation, PlainText, Preference
 from finetune.chat.render import (
     Rendered,
     RenderedPair,
@@ -25,15 +25,17 @@ from finetune.chat.tokenizer import Tokenizer
 from finetune.errors import DataError, Fault, did_you_mean
 from finetune.methods import CONVERSATION, METHODS, PREFERENCE, RowKind, methods_on
 from finetune.rows.block import Block
-from finetune.rows.formats import Parsed, detect_format, parse_row
+from finetune.rows.formats import FORMS, Parsed, detect_format, parse_row
 from finetune.rows.sources import rows_of
 from finetune.rows.table import CUT, PROMPT_CUT, RESPONSE_CUT, Part
 from finetune.rows.turns import keys_of
+from finetune.rows.unread import unread_keys
 
 MAX_FAULTS = 10
 MAX_ALIKE = 3
 MAX_NAMED = 5
 _BATCH = 1024
+_MAX_KEY_SETS = 4  # of a block that are told of with their keys
 
 
 class DataSettings(Protocol):
@@ -217,6 +219,7 @@ class _Run:
         self.pair = settings.kind == PREFERENCE
         self.numbers: list[int] = []
         self.cut: dict[int, int] = {}  # by number, of rows that were cut
+        self.key_sets: set[str] = set()  # that no form reads, and that were told of
         self.rows: list[Any] = []
         batch: list[tuple[int, Any]] = []
         size = _BATCH if task.keep is None else min(task.keep, _BATCH)
@@ -257,6 +260,9 @@ class _Run:
         except DataError as error:
             raise self._lacking_column(row, name) or error from None
         self._check_kind(parsed)
+        self._note_keys(unread_keys(row, FORMS[form], name), number)
+        if not isinstance(parsed, Preference) and _has_empty_answer(parsed):
+            self._note("with an empty answer, of which the end alone is trained on: {rows}.", number)
         if isinstance(parsed, PlainText):
             return render_plain(self.tokenizer, parsed, self.settings.train_on)
         return self._render_pair(parsed, number) if isinstance(parsed, Preference) else self._render(parsed, number)
@@ -298,6 +304,16 @@ class _Run:
         self._note_surplus(rendered.surplus, number)
         return rendered
 
+    def _note_keys(self, keys: str, number: int) -> None:
+        """Tell of keys that the row's form does not read."""
+        if not keys:
+            return
+        known = keys in self.key_sets or len(self.key_sets) < _MAX_KEY_SETS
+        if known:
+            self.key_sets.add(keys)
+        which = f"keys that nothing reads ({_literal(keys)})" if known else "other keys that nothing reads"
+        self._note(f"with {which}: {{rows}}.", number)
+
     def _render_pair(self, preference: Preference, number: int) -> RenderedPair:
         prompt, answers = preference.prompt, preference.chosen + preference.rejected
         self._note_unread(replace(prompt, messages=prompt.messages + answers), number)
@@ -319,18 +335,19 @@ class _Run:
                 "Use a model whose template knows tools, such as Qwen2.5-Instruct.",
                 number,
             )
-        unknown = {key for message in conversation.messages for key in message if key not in KNOWN_KEYS}
+        messages = conversation.messages
+        unknown = {
+            key for m in messages for key, held in m.items() if key not in KNOWN_KEYS and held not in ("", [], {})
+        }
         for key in sorted(unknown):
             if not template.mentions(key):
-                shown = key.replace("{", "{{").replace("}", "}}")
-                self._note(f"with a key {shown!r} in turns, which nothing reads: {{rows}}.", number)
+                self._note(f"with a key {_literal(key)!r} in turns, which nothing reads: {{rows}}.", number)
 
     def _note_surplus(self, surplus: str, number: int) -> None:
         if surplus:
-            shown = repr(surplus).replace("{", "{{").replace("}", "}}")
             self._note(
-                f"without the {shown} in which the chat template ends a generation prompt: {{rows}}. They are trained "
-                "on as they are, from where the two part; generation goes on from the whole prompt.",
+                f"without the {_literal(repr(surplus))} in which the chat template ends a generation prompt: {{rows}}. "
+                "They are trained on as they are, from where the two part; generation goes on from the whole prompt.",
                 number,
             )
 
@@ -454,6 +471,23 @@ def cut_pair(pair: PairExample, max_length: int) -> PairExample:
 def _predicted(example: Example) -> bool:
     """Whether any token is trained on; the first has nothing before it to be predicted from."""
     return bool((example.labels[1:] != IGNORE).any())
+
+
+def _has_empty_answer(parsed: Conversation | PlainText) -> bool:
+    if isinstance(parsed, PlainText):
+        return parsed.prompt is not None and not parsed.completion.strip()
+    return any(
+        message["role"] == "assistant"
+        and message.get("train") is not False
+        and not any(message.get(key) for key in ("tool_calls", *REASONING_KEYS))
+        and not message["content"].strip()
+        for message in parsed.messages[parsed.given :]
+    )
+
+
+def _literal(text: str) -> str:
+    """A text as it must stand in a heading, in which braces are places."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _said(message: dict[str, Any]) -> str:

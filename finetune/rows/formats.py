@@ -6,9 +6,11 @@ documentation derive from it. Imports nothing heavy, since every recipe is check
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from finetune.chat.messages import Conversation, PlainText, Preference
@@ -41,10 +43,10 @@ class Form:
     row: str
     says: str = ""
 
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """All keys that it reads, each once."""
-        return tuple(dict.fromkeys([*(key for keys in self.told_by for key in keys), *self.also]))
+    @cached_property
+    def keys(self) -> dict[str, None]:
+        """All keys that it reads, in their order."""
+        return dict.fromkeys([*(key for keys in self.told_by for key in keys), *self.also])
 
 
 def detect_format(row: Mapping[str, Any], source: str = "", columns: Mapping[str, str] | None = None) -> str:
@@ -57,7 +59,7 @@ def detect_format(row: Mapping[str, Any], source: str = "", columns: Mapping[str
         DataError: no form has these keys; names the nearest one and what would mend it.
     """
     for form in FORMS.values():
-        if any(row.keys() >= set(keys) for keys in form.told_by) and set(columns or ()) <= set(form.keys):
+        if any(row.keys() >= set(keys) for keys in form.told_by) and form.keys.keys() >= set(columns or ()):
             return form.name
     raise DataError(
         f"the row has no known form; its keys are: {', '.join(map(str, row))[:200] or 'none'}",
@@ -140,13 +142,17 @@ def _preference(row: Row) -> Preference:
     A prompt under `prompt` (text or messages), `conversations`, `instruction` or `query`, and two answers, each a text,
     a turn, or turns, which may repeat the prompt. Without a prompt, answers of turns that begin alike, of which the
     shared beginning is the prompt, be they lists or texts as Anthropic writes them ("\\n\\nHuman: ..."). As ms-swift
-    has it: a whole conversation under `messages`, the worse answer or the worse conversation beside it.
+    has it: a whole conversation under `messages`, the worse answer or the worse conversation beside it. As OpenAI has
+    it: the prompt's messages and tools within `input`.
     """
-    tools = row.tools(wrap="conversations" in row.row)
+    given = _input(row)
+    tools = (given or row).tools(wrap="conversations" in row.row)
     good, bad = _sides(row)
     chosen, rejected = _answer(row, good), _answer(row, bad)
     if (good, bad) == ("messages", "rejected_response"):
         key, prompt, chosen = good, [*row.system(), *chosen[:-1]], chosen[-1:]
+    elif given is not None:
+        key, prompt = "input.messages", given.turns("input.messages")
     elif good != "messages" and (key := next((key for key in _PROMPTS if key in row.row), "")):
         prompt = _PROMPTS[key](row)
         chosen, rejected = _behind(prompt, chosen), _behind(prompt, rejected)
@@ -167,7 +173,8 @@ def _sides(row: Row) -> tuple[str, str]:
     good, bad = next((pair for pair in _SIDES if all(map(row.has, pair))), _SIDES[0])
     for key in (good, bad):
         if not row.has(key):
-            row.fail(key, f"the key is missing; the row has {keys_of(row.row)}", "Give the two answers.")
+            what = "found null" if key in row.row else f"the key is missing; the row has {keys_of(row.row)}"
+            row.fail(key, what, "Give the two answers.")
     return good, bad
 
 
@@ -176,7 +183,16 @@ _SIDES = (
     ("messages", "rejected_messages"),
     ("messages", "rejected_response"),
     ("response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
 )
+
+
+def _input(row: Row) -> Row | None:
+    """The messages and tools that OpenAI's preference rows have under `input`; None in rows that are none of those."""
+    given = row.row.get("input")
+    if not isinstance(given, dict):
+        return None
+    return Row({"input.messages": given.get("messages"), "tools": given.get("tools")}, row.source)
 
 
 def _prompt(row: Row) -> list[Message]:
@@ -277,7 +293,8 @@ FORMS: dict[str, Form] = {
             '{"prompt": text or messages, "chosen": text or messages, "rejected": text or messages}',
             "The prompt may also stand under `conversations`, `instruction` and `input`, or `query`, or be what chosen "
             'and rejected both begin with (lists of messages, or texts with "Human:" and "Assistant:"). '
-            "ms-swift's `rejected_response` and `rejected_messages` beside `messages` or `response` are read too.",
+            "ms-swift's `rejected_response` and `rejected_messages` beside `messages` or `response` are read too, and "
+            "OpenAI's `input`, `preferred_output` and `non_preferred_output`.",
         ),
         Form(
             "messages",
@@ -295,7 +312,8 @@ FORMS: dict[str, Form] = {
             ("system", "tools"),
             _sharegpt,
             '{"conversations": [{"from": "human|gpt|system|function_call|observation", "value": "..."}], "system"?}',
-            'Turns of `{"role", "content"}` are read too; so are `tools`.',
+            'Turns of `{"role", "content"}` are read too, and mixes of both; so are ms-swift\'s `tool_call` and '
+            "`tool_response`, and `tools`.",
         ),
         Form(
             "alpaca",
@@ -345,13 +363,17 @@ def _short(form: Form) -> str:
 
 # Names that others give to what our keys hold.
 _ALIKE = (
-    ("instruction", "query", "prompt", "question", "problem", "input", "user", "human", "ask", "source"),
+    ("instruction", "query", "prompt", "question", "problem", "input", "user", "human", "ask", "source", "article"),
     ("output", "response", "completion", "answer", "target", "solution", "reply", "assistant", "gpt", "summary"),
-    ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns"),
+    ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns", "items"),
     ("chosen", "better", "accepted", "preferred", "positive", "winner", "good"),
     ("rejected", "worse", "negative", "loser", "bad", "rejected_response"),
     ("text", "content", "document", "passage", "body", "raw_content"),
 )
+# The same for what a form need not have. Only these very names: nothing is missing that a near name could be.
+_ALIKE_ALSO = {"system": ("system_prompt", "system_message"), "input": ("context",), "tools": ("functions",)}
+_OF_TEXT = ("instruction", "output", "query", "response", "rejected_response", "text", "input", "system")
+_PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
 def _alike(key: str, name: Any) -> bool:
@@ -360,13 +382,36 @@ def _alike(key: str, name: Any) -> bool:
     return any(key in group and word in group for group in _ALIKE) or nearest(word, [key]) == key
 
 
+def _may_hold(key: str, value: Any) -> bool:
+    """Whether a form's key may hold a value of this kind. Lists may come as JSON text, as in csv."""
+    if isinstance(value, list):
+        return key not in _OF_TEXT and all(isinstance(item, dict) for item in value)
+    return value is None or isinstance(value, str) or (isinstance(value, dict) and key not in _OF_TEXT)
+
+
+def _yaml_name(name: str) -> str:
+    """A name as the recipe must have it: in quotes where YAML would read it otherwise."""
+    plain = _PLAIN_NAME.fullmatch(name) and name.lower() not in (
+        "yes",
+        "no",
+        "on",
+        "off",
+        "true",
+        "false",
+        "null",
+        "y",
+        "n",
+    )
+    return name if plain else json.dumps(name, ensure_ascii=False)
+
+
 def _suggestion(row: Mapping[str, Any]) -> str | None:
     """The nearest form, and the recipe's line that would give it this row; None where nothing is near."""
     best: tuple[tuple[int, int], Form, dict[str, str], list[str]] | None = None
     for form, keys in _all_keys():
         columns: dict[str, str] = {}
         for key in keys:
-            free = [str(name) for name in row if name not in (*form.keys, *columns.values())]
+            free = [name for name in row if name not in (*form.keys, *columns.values()) and _may_hold(key, row[name])]
             if key not in row and (name := next((name for name in free if _alike(key, name)), None)):
                 columns[key] = name
         lacking = [key for key in keys if key not in row and key not in columns]
@@ -376,7 +421,10 @@ def _suggestion(row: Mapping[str, Any]) -> str | None:
     if best is None:
         return None
     _, form, columns, lacking = best
-    line = f"columns: {{{', '.join(f'{key}: {name}' for key, name in columns.items())}}}"
+    for key, names in _ALIKE_ALSO.items():
+        if columns and key in form.also and key not in row:
+            columns.update((key, name) for name in names if row.get(name) and _may_hold(key, row[name]))
+    line = f"columns: {{{', '.join(f'{key}: {_yaml_name(name)}' for key, name in columns.items())}}}"
     if not lacking:
         return f"The nearest form is {_short(form)}; add `{line}` to the source."
     and_line = f", and `{line}` on the source" if columns else ""
@@ -384,6 +432,7 @@ def _suggestion(row: Mapping[str, Any]) -> str | None:
 
 
 def _all_keys() -> Iterator[tuple[Form, tuple[str, ...]]]:
-    for form in FORMS.values():
+    """Every form with each set of its keys; those of one answer first, which win where two are as near."""
+    for form in sorted(FORMS.values(), key=lambda form: form.kind == PREFERENCE):
         for keys in form.told_by:
             yield form, keys

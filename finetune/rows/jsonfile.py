@@ -68,6 +68,9 @@ def _line_blocks(stream: _Stream, file: DataFile, size: int) -> Iterator[Block]:
 def _lines(content: bytes, number: int, file: DataFile) -> Block:
     if number == 1:
         content = without_mark(content, file)
+        if content.split(b"\n", 1)[0].strip() == b"{":
+            fix = "Write each row on a line of its own; a file of one object or one list may be called .json."
+            raise DataError("an object that goes over several lines", where=f"{file.name}:1", fix=fix)
     count = sum(1 for line in content.split(b"\n") if line.strip())
     return Block(number, count, "lines", content, len(content))
 
@@ -128,7 +131,7 @@ class _JsonArray:
 
     def __init__(self, stream: _Stream, file: DataFile, size: int):
         self.stream, self.file, self.size = stream, file, size
-        self.decoder, self.utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+        self.utf8 = codecs.getincrementaldecoder("utf-8")()
         self.text, self.done = "", False
         self.bytes_read = 0
         # Lines and characters of the last line before `text`, for messages.
@@ -178,7 +181,7 @@ class _JsonArray:
         grow = 1
         while True:
             try:
-                end = self.decoder.raw_decode(self.text, at)[1]
+                end = _DECODER.raw_decode(self.text, at)[1]
                 if end < len(self.text) or self.done:  # a number may go on
                     return end
             except json.JSONDecodeError as error:
@@ -187,6 +190,8 @@ class _JsonArray:
                     self._fail(error.msg, error.pos)
             except RecursionError:
                 raise DataError.of([_too_deep(self.file.name)]) from None
+            except _TwiceError as error:
+                raise DataError.of([error.fault(f"{self.file.name}, line {self._place(at)[0] + 1}")]) from error
             except ValueError as error:
                 raise DataError.of([_wrong_number(error, self.file.name)]) from error
             # The value is read again from its beginning: by ever larger steps, so that this stays linear in its length.
@@ -244,7 +249,7 @@ def not_an_object(value: Any, name: str) -> Fault:
 
 def _parse(content: bytes, name: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
+        return _DECODER.decode(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         return _not_utf8(content[error.start], error.start, name)
     except json.JSONDecodeError as error:
@@ -253,8 +258,28 @@ def _parse(content: bytes, name: str) -> Any:
         return _not_json(error.msg, error.lineno, error.colno, name)
     except RecursionError:
         return _too_deep(name)
+    except _TwiceError as error:
+        return error.fault(name)
     except ValueError as error:
         return _wrong_number(error, name)
+
+
+class _TwiceError(ValueError):
+    """An object has a key twice: readers of JSON take the last value, and what the first one says is lost."""
+
+    def fault(self, name: str) -> Fault:
+        return Fault(f"the key {self.args[0]!r} stands twice in an object", name, "Keep one of the two.")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for i, key in enumerate(keys) if key in keys[:i]))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _not_utf8(byte: int, position: int, name: str) -> Fault:

@@ -1,7 +1,7 @@
 """Parts of a row, checked key by key: texts, lists, tools, and turns of both kinds to messages in OpenAI's form.
 
-A turn says who speaks and what: {"role", "content"} as OpenAI has it, or {"from", "value"} as ShareGPT has it. Every
-form of rows that holds turns reads them here, so that roles, masks and calls mean the same in all of them.
+A turn says who speaks and what: {"role", "content"} as OpenAI has it, {"from", "value"} as ShareGPT has it, or a mix of
+both. Every form of rows that holds turns reads them here, so that roles, masks and calls mean the same in all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from typing import Any, NoReturn
 
 from finetune.chat.messages import KNOWN_KEYS, ROLES
-from finetune.errors import DataError, did_you_mean
+from finetune.errors import DataError, did_you_mean, nearest
 
 Message = dict[str, Any]
 
@@ -19,13 +19,19 @@ SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",  # these three stand in the first exports of ShareGPT
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "system": "system",
     "developer": "developer",
     "function_call": "assistant",
+    "tool_call": "assistant",  # ms-swift's, as is the response
     "observation": "tool",
+    "tool_response": "tool",
     "tool": "tool",
 }
+_CALLS = ("function_call", "tool_call")
 
 # What torchtune and TRL's fork, ms-swift, axolotl and OpenAI call the flag that says whether a turn is trained on.
 MASK_KEYS = ("train", "loss", "training", "weight")
@@ -123,10 +129,21 @@ def turn(row: Row, item: Any, key: str) -> Message:
     if not isinstance(item, dict):
         row.fail(key, f"found {kind_of(item)}", 'A turn is an object: {"role", "content"} or {"from", "value"}.')
     # Null and absent are one: APIs write null, Arrow files cannot do otherwise.
-    item = {name: value for name, value in item.items() if value is not None or name in ("from", "value", "role")}
-    if "from" in item and "role" not in item:
-        return _sharegpt_turn(row, item, key)
+    item = {name: value for name, value in item.items() if value is not None or name in _SPOKEN}
+    who = "from" if "from" in item and "role" not in item else "role"
+    said = "value" if "value" in item and "content" not in item else "content"
+    if who == "from" or _is_sharegpt_role(item.get("role")):
+        return _sharegpt_turn(row, item, key, who, said)
+    if said == "value":
+        item["content"] = item.pop("value")
     return _openai_turn(row, item, key)
+
+
+_SPOKEN = ("from", "value", "role", "content")
+
+
+def _is_sharegpt_role(role: Any) -> bool:
+    return isinstance(role, str) and role not in ROLES and role in SHAREGPT_ROLES
 
 
 def is_turn(value: Any) -> bool:
@@ -149,10 +166,13 @@ def _openai_turn(row: Row, item: Message, key: str) -> Message:
             del message["tool_calls"]
     if "function_call" in message:
         row.fail(f"{key}.function_call", "this old form of a call is not rendered by templates", "Use tool_calls.")
-    if "content" in message:
+    if message.get("content") is not None:
         message["content"] = _content(row, message["content"], f"{key}.content")
     elif "tool_calls" not in message:
-        row.fail(f"{key}.content", f"the key is missing; the turn has {keys_of(item)}", "Give it a text.")
+        what = "found null" if "content" in item else f"the key is missing; the turn has {keys_of(item)}"
+        row.fail(f"{key}.content", what, "Give it a text.")
+    else:
+        message.pop("content", None)
     return _with_flag(row, message, key)
 
 
@@ -197,19 +217,18 @@ def _function(row: Row, function: Any, key: str) -> dict[str, Any]:
 # -- ShareGPT --------------------------------------------------------------------------------------------------
 
 
-def _sharegpt_turn(row: Row, item: Message, key: str) -> Message:
-    if "value" not in item:
+def _sharegpt_turn(row: Row, item: Message, key: str, who: str, said: str) -> Message:
+    """A turn of ShareGPT's roles; `who` and `said` are what it calls the speaker and the text."""
+    if said not in item:
         what = f"the key is missing; the turn has {keys_of(item)}"
         row.fail(f"{key}.value", what, 'A turn has "from" and "value", or "role" and "content".')
-    role = _known_role(row, item["from"], tuple(SHAREGPT_ROLES), f"{key}.from")
-    value = item["value"]
-    if not isinstance(value, str):
-        row.fail(f"{key}.value", f"found {kind_of(value)}", "It must be a text.")
-    message = {name: other for name, other in item.items() if name not in ("from", "value")}
-    if role == "function_call":
-        calls = parse_json(row, f"{key}.value", value)
+    role = _known_role(row, item[who], tuple(SHAREGPT_ROLES), f"{key}.{who}")
+    value = _content(row, item[said], f"{key}.{said}")
+    message = {name: other for name, other in item.items() if name not in (who, said)}
+    if role in _CALLS:
+        calls = parse_json(row, f"{key}.{said}", value)
         calls = calls if isinstance(calls, list) else [calls]
-        functions = [_function(row, call, f"{key}.value") for call in calls]
+        functions = [_function(row, call, f"{key}.{said}") for call in calls]
         message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
         message["raw"] = value
     else:
@@ -222,8 +241,8 @@ def _sharegpt_turn(row: Row, item: Message, key: str) -> Message:
 
 def _with_flag(row: Row, message: Message, key: str) -> Message:
     """Bring the flag that says whether a turn is trained on under `train`, whatever the row calls it."""
-    for name in message:
-        if name not in (*KNOWN_KEYS, *MASK_KEYS) and _MASK_WORDS.search(_CAMEL.sub("_", str(name)).lower()):
+    for name, value in message.items():
+        if name not in (*KNOWN_KEYS, *MASK_KEYS) and _looks_like_a_mask(str(name), value):
             row.fail(
                 f"{key}.{name}",
                 "the key looks like a mask, and none of this name is known",
@@ -243,6 +262,12 @@ def _with_flag(row: Row, message: Message, key: str) -> Message:
             "Only assistant messages can be responses; use train_on: all to train on every token.",
         )
     return {**message, "train": flag}
+
+
+def _looks_like_a_mask(name: str, value: Any) -> bool:
+    """Whether a key has a word for masks in it, or is a mistyped mask: of true or false, for `rating` is near too."""
+    mistyped = isinstance(value, bool) and nearest(name, MASK_KEYS) is not None
+    return mistyped or _MASK_WORDS.search(_CAMEL.sub("_", name).lower()) is not None
 
 
 def _flag(row: Row, value: Any, key: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import yaml
 
 from finetune.chat.messages import Conversation, PlainText, Preference
 from finetune.errors import DataError
@@ -69,6 +70,24 @@ def test_sharegpt_tools():
         },
         {"role": "tool", "content": "r"},
     ]
+
+
+@pytest.mark.parametrize(
+    "who, said_key", [("from", "value"), ("role", "content"), ("from", "content"), ("role", "value")]
+)
+def test_a_turn_may_mix_the_keys_and_roles_of_both_kinds(who, said_key):
+    def chat(*pairs: tuple[str, str]) -> list[dict]:
+        return messages({"messages": [{who: role, said_key: text} for role, text in pairs]})
+
+    assert chat(("human", "q"), ("gpt", "a")) == chat(("user", "q"), ("assistant", "a")) == SAID
+    for role in ("chatgpt", "bing", "bard"):  # as the exports of ShareGPT have them
+        assert chat(("human", "q"), (role, "a")) == SAID
+    call = '{"name": "f", "arguments": {"x": 1}}'
+    swift = chat(("user", "q"), ("tool_call", call), ("tool_response", "r"), ("assistant", "a"))  # ms-swift's roles
+    assert swift == chat(("human", "q"), ("function_call", call), ("observation", "r"), ("gpt", "a"))
+    assert swift[1]["tool_calls"][0]["function"]["name"] == "f" and swift[2] == {"role": "tool", "content": "r"}
+    with pytest.raises(DataError, match=rf"key messages.0..{who}: unknown role 'Human'"):
+        chat(("Human", "q"), ("gpt", "a"))
 
 
 def test_several_sharegpt_calls_and_arguments_as_text():
@@ -187,6 +206,12 @@ def test_plain_text():
         {"chosen": HH.format("a"), "rejected": HH.format("b")},
         {"prompt": "q", "chosen": SAID[1:], "rejected": [said("q", "b")[1]]},
         {"query": "q", "chosen": "a", "rejected": "b"},
+        # OpenAI
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [GOOD],
+            "non_preferred_output": [BAD],
+        },
     ],
 )
 def test_preferences_of_other_tools(row):
@@ -282,6 +307,14 @@ def test_masks_that_contradict_each_other():
         ("prompt chosen worse", "preference: {chosen, rejected}; add `columns: {rejected: worse}`"),
         ("prompt", "prompt_completion: {prompt, completion}; it needs completion too"),
         ("id", "Known are preference: {chosen, rejected}; messages: {messages};"),
+        ("article summary", "alpaca: {instruction, output}; add `columns: {instruction: article, output: summary}`"),
+        (
+            "instruction context response",
+            "alpaca: {instruction, output}; add `columns: {output: response, input: context}`",
+        ),
+        ("system_prompt question response", "add `columns: {query: question, system: system_prompt}`"),
+        ("prompt? completion#", 'add `columns: {prompt: "prompt?", completion: "completion#"}`'),
+        ("items", "messages: {messages}; add `columns: {messages: items}`"),
     ],
 )
 def test_a_row_of_no_form_is_told_the_nearest_one_and_what_mends_it(keys, mend):
@@ -292,9 +325,23 @@ def test_a_row_of_no_form_is_told_the_nearest_one_and_what_mends_it(keys, mend):
     assert mend in fix
     # The line does mend it.
     if line := re.search(r"`columns: {(.*?)}`", fix):
-        columns = dict(pair.split(": ") for pair in line[1].split(", "))
+        columns = yaml.safe_load(f"{{{line[1]}}}")
         mapped = {key: value for key, value in row.items() if key not in columns.values()} | dict.fromkeys(columns)
         assert detect_format(mapped, "f:1", columns)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]},
+        {"prompt": "q", "answer": 2},
+        {"train": [{"messages": SAID}], "test": []},
+    ],
+)
+def test_a_column_of_another_kind_is_not_what_would_mend_a_row(row):
+    with pytest.raises(DataError) as caught:
+        detect_format(row, "f:1")
+    assert "columns" not in caught.value.faults[0].fix
 
 
 def test_a_preference_without_prompt_is_told_which_column_it_may_be():
@@ -325,7 +372,7 @@ def wrong(index: int, **changes) -> dict:
         (wrong(1, role=["user"]), "key messages[1].role", "unknown role ['user']"),
         (wrong(1, role=...), "key messages[1].role", "the key is missing; the turn has content"),
         (wrong(1, content=...), "key messages[1].content", "the key is missing; the turn has role"),
-        (wrong(1, content=None), "key messages[1].content", "the key is missing"),
+        (wrong(1, content=None), "key messages[1].content", "found null"),
         (wrong(1, content=5), "key messages[1].content", "found a number (5)"),
         (wrong(0, content=[{"type": "image_url"}]), "key messages[0].content[0]", "a part of type 'image_url'"),
         (wrong(1, train="yes"), "key messages[1].train", 'found a text ("yes")'),
@@ -360,7 +407,8 @@ def wrong(index: int, **changes) -> dict:
         ({"conversations": turns(("function_call", "3"))}, "key conversations[0].value", "found a number (3)"),
         ({"conversations": turns(("system", "S")), "system": "T"}, "key system", "Keep one of the two"),
         ({"conversations": [{**QA[0], "train": True}]}, "conversations[0].train", "role user"),
-        ({"prompt": "q", "chosen": "a", "rejected": None}, "key rejected", "the key is missing"),
+        ({"prompt": "q", "chosen": "a", "rejected": None}, "key rejected", "found null"),
+        ({"input": {}, "preferred_output": [GOOD], "non_preferred_output": [BAD]}, "key input.messages", "found null"),
         ({"prompt": 1, "chosen": "a", "rejected": "b"}, "key prompt", "found a number (1)"),
         ({"prompt": "q", "chosen": 1, "rejected": "b"}, "key chosen", "found a number (1)"),
         ({"prompt": SAID, "chosen": "a", "rejected": "b"}, "key prompt", "ends with a message of role assistant"),
@@ -390,3 +438,10 @@ def test_wrong_rows_name_row_key_and_fix(row, place, message):
 def test_named_format_wants_its_keys(format, key):
     with pytest.raises(DataError, match=f"key {key}: the key is missing; the row has text"):
         parse_row({"text": "x"}, format, "f:1")
+
+
+@pytest.mark.parametrize("key", ["trian", "traning", "wieght", "los"])
+def test_a_mistyped_mask_is_an_error(key):
+    with pytest.raises(DataError, match=rf"\[1\].{key}: the key looks like a mask"):
+        parse_row({"messages": [USER, {**GOOD, key: False}]}, "auto", "f:1")
+    assert messages({"messages": [USER, {**GOOD, "rating": 5}]})[1] == {**GOOD, "rating": 5}

@@ -107,6 +107,10 @@ def test_csv_answers_are_text_unless_they_are_messages(write, text, value):
     assert read(write("a.csv", f'prompt,chosen\nq,"{quoted}"\n'))[0][0] == {"prompt": "q", "chosen": value}
 
 
+def test_space_in_a_csv_header_is_no_part_of_a_name(write):
+    assert read(write("a.csv", "a, b ,\n1, 2,3\n"))[0][0] == {"a": "1", "b": " 2", "": "3"}
+
+
 def test_csv_of_numbers_too_large_for_python_is_still_read(write):
     rows = read(write("a.csv", "messages\n[" + "9" * 5000 + "]\n"))
     assert rows[0][0] == {"messages": "[" + "9" * 5000 + "]"}
@@ -335,6 +339,16 @@ def test_missing_files_name_the_nearest(write, tmp_path):
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "a.jsonl: the file is UTF-16. Save it as UTF-8"),
         ("a.csv", b"a,b\n1,\xe9\n", "a.csv, line 2: byte 0xe9 is not UTF-8"),
         ("a.csv", 'a,b\n1,"x', "a.csv, line 2: not valid csv"),
+        (
+            "a.csv",
+            "q;a\n1;2\n",
+            "a.csv, line 1: the header is one column, 'q;a'. Part the columns by commas, not by ';'",
+        ),
+        ("a.csv", "q\ta\n1\t2\n", "Part the columns by commas, not by '\\t'"),
+        ("a.csv", "q,a, a\n1,2,3\n", "a.csv, line 1: the header has the column a twice"),
+        ("a.json", '[{"a": 1},\n {"a": 1, "b": {"c": 1, "c": 2}}]', "a.json, line 2: the key 'c' stands twice"),
+        ("a.json", '{"a": 1, "a": 2}', "a.json: the key 'a' stands twice in an object. Keep one of the two"),
+        ("a.jsonl", '{\n "a": 1\n}\n{\n "a": 2\n}', "a.jsonl:1: an object that goes over several lines"),
         ("a.txt", "x", "a.txt: a file of kind '.txt'. Known are .jsonl"),
         ("a.parquet", b"PAR1", "a.parquet: the file is damaged or of another kind"),
         ("d/README.md", "x", "no data file in this folder"),
@@ -381,6 +395,7 @@ def test_a_file_that_cannot_be_opened_has_no_hash(tmp_path):
         (b'{"a": "\x00"}', "a.jsonl:2: a NUL byte"),
         (b'{"a": ' + b"9" * 5000 + b"}", "a.jsonl:2: not valid JSON: Exceeds the limit"),
         (b'{"a":' * 100_000, "a.jsonl:2: JSON nested too deeply"),
+        (b'{"a": [{"b": 1, "c": 2, "b": 3}]}', "a.jsonl:2: the key 'b' stands twice in an object"),
     ],
 )
 def test_a_bad_line_is_a_fault_and_reading_goes_on(write, line, message):

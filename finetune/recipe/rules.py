@@ -154,6 +154,14 @@ def _columns_rules(recipe: Recipe) -> Iterator[Clash]:
             forms = list(FORMS.values()) if source.format == "auto" else [FORMS[source.format]]
             known = list(dict.fromkeys(key for form in forms for key in form.keys))
             unknown = [key for key in source.columns if key not in known]
+            turned = {column: key for key, column in source.columns.items()}
+            if unknown and turned.keys() <= set(known):
+                yield Clash(
+                    (f"data.{name}.{index}.columns", f"data.{name}.{index}.format"),
+                    f"data.{name}[{index}].columns has {', '.join(unknown)} first, which no form reads",
+                    "The form's key comes first: {" + ", ".join(f"{k}: {v}" for k, v in turned.items()) + "}.",
+                )
+                continue
             for key in unknown:
                 yield Clash(
                     (f"data.{name}.{index}.columns", f"data.{name}.{index}.format"),

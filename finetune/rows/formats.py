@@ -58,9 +58,18 @@ def detect_format(row: Mapping[str, Any], source: str = "", columns: Mapping[str
     Raises:
         DataError: no form has these keys; names the nearest one and what would mend it.
     """
+    near = None
     for form in FORMS.values():
-        if any(row.keys() >= set(keys) for keys in form.told_by) and form.keys.keys() >= set(columns or ()):
-            return form.name
+        if any(row.keys() >= set(keys) for keys in form.told_by):
+            if form.keys.keys() >= set(columns or ()):
+                return form.name
+            near = near or form
+    if near:
+        raise DataError(
+            f"form {near.name} does not read {' and '.join(key for key in columns or () if key not in near.keys)}",
+            where=source,
+            fix=f"Give `columns` keys of one form; those of {near.name} are {', '.join(near.keys)}.",
+        )
     raise DataError(
         f"the row has no known form; its keys are: {', '.join(map(str, row))[:200] or 'none'}",
         where=source,
@@ -362,13 +371,16 @@ def _short(form: Form) -> str:
 # -- rows of no form -------------------------------------------------------------------------------------------
 
 # Names that others give to what our keys hold.
-_ALIKE = (
-    ("instruction", "query", "prompt", "question", "problem", "input", "user", "human", "ask", "source", "article"),
-    ("output", "response", "completion", "answer", "target", "solution", "reply", "assistant", "gpt", "summary"),
-    ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "turns", "items"),
-    ("chosen", "better", "accepted", "preferred", "positive", "winner", "good"),
-    ("rejected", "worse", "negative", "loser", "bad", "rejected_response"),
-    ("text", "content", "document", "passage", "body", "raw_content"),
+_ALIKE = tuple(
+    words.split()
+    for words in (
+        "instruction query prompt question problem input inputs user human ask source article",
+        "output response completion answer target targets solution reply assistant gpt summary",
+        "messages conversations conversation dialog dialogue chat turns items",
+        "chosen better accepted preferred positive winner good",
+        "rejected worse negative loser bad rejected_response",
+        "text content document passage body raw_content",
+    )
 )
 # The same for what a form need not have. Only these very names: nothing is missing that a near name could be.
 _ALIKE_ALSO = {"system": ("system_prompt", "system_message"), "input": ("context",), "tools": ("functions",)}

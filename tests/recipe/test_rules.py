@@ -35,6 +35,16 @@ def load(overrides: str):
         ("lora.variant=pissa lora.dropout=0.1", "lora.dropout is 0.1, but pissa"),
         ("lora.variant=lora lora.loraplus_lr_ratio=4", "loraplus_lr_ratio is set"),
         ("data.eval=a data.eval_fraction=0.1", "both set"),
+        (
+            'data.train.0.columns={"instructoin":"a"}',
+            "has instructoin, which rows of format auto do not have. Did you mean",
+        ),
+        (
+            'data.train.0.columns={"output":"a"} data.train.0.format=text',
+            "has output, which rows of format text do not have",
+        ),
+        ('data.train.0.columns={"question":"query","a":"response"}', "comes first: {query: question, response: a}."),
+        ('data.train.0.columns={"messages":"a","output":"b"}', "has keys that no form has together"),
         ("training.max_steps=3 training.num_train_epochs=1", "both set"),
         ("training.warmup_steps=3 training.warmup_ratio=0.1", "both above 0"),
         ("training.lr_scheduler_type=constant training.warmup_steps=3", "constant_with_warmup"),

@@ -314,6 +314,7 @@ def test_masks_that_contradict_each_other():
         ),
         ("system_prompt question response", "add `columns: {query: question, system: system_prompt}`"),
         ("prompt? completion#", 'add `columns: {prompt: "prompt?", completion: "completion#"}`'),
+        ("inputs targets", "add `columns: {instruction: inputs, output: targets}`"),
         ("items", "messages: {messages}; add `columns: {messages: items}`"),
     ],
 )
@@ -328,6 +329,12 @@ def test_a_row_of_no_form_is_told_the_nearest_one_and_what_mends_it(keys, mend):
         columns = yaml.safe_load(f"{{{line[1]}}}")
         mapped = {key: value for key, value in row.items() if key not in columns.values()} | dict.fromkeys(columns)
         assert detect_format(mapped, "f:1", columns)
+
+
+def test_columns_of_more_than_the_form_reads_are_told_which():
+    columns = {"prompt": "instruction", "query": "input", "response": "output"}  # as LLaMA-Factory calls them
+    with pytest.raises(DataError, match="form query_response does not read prompt. Give `columns` keys of one form"):
+        detect_format(dict.fromkeys(columns, "x"), "f:1", columns)
 
 
 @pytest.mark.parametrize(

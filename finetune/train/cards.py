@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from finetune.methods import METHODS
+from finetune.model.adapters import LoraSettings
 from finetune.model.family import Architecture
 from finetune.recipe.schema import LoraSection
 from finetune.train.estimate import Estimate, estimate
@@ -34,7 +35,7 @@ class Load:
         tokens: Of the largest micro-batch.
         largest: Of its largest row or pack.
         length: Of the longest sequence.
-        shards: See `estimate`.
+        shards, continued: See `estimate`.
     """
 
     recipe: Recipe
@@ -44,6 +45,7 @@ class Load:
     largest: int
     length: int
     shards: int = 1
+    continued: LoraSettings | None = None
 
     def size(self) -> Estimate:
         """The estimate."""
@@ -54,6 +56,7 @@ class Load:
             tokens_per_micro_batch=self.tokens,
             length=self.length,
             shards=self.shards,
+            continued=self.continued,
         )
 
     def fits(self, card: float) -> bool:

@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING
 
 from finetune.compute.limits import CHUNK_ELEMENTS, KEPT_ATTENTION_BYTES
 from finetune.model.adapted import adapter_shapes
-from finetune.model.adapters import target_names, unties
+from finetune.model.adapters import LoraSettings, target_names, unties
 from finetune.model.family import Architecture
 from finetune.model.quantize import Quantization
 
 if TYPE_CHECKING:
-    from finetune.recipe.schema import Recipe
+    from finetune.recipe.schema import LoraSection, Recipe
+
+
+def settings_of(section: LoraSection, adapter: LoraSettings | None) -> LoraSettings:
+    """What is trained of an adapter: a new one, or one that is trained further as it is but for how it learns."""
+    asked = section.settings()
+    if adapter is None:
+        return asked
+    return replace(adapter, dropout=asked.dropout, variant=asked.variant, lora_plus_ratio=asked.lora_plus_ratio)
 
 
 def quantization_of(recipe: Recipe) -> Quantization | None:
@@ -44,7 +52,14 @@ class Estimate:
 
 
 def estimate(
-    recipe: Recipe, config: Architecture, *, dtype: str, tokens_per_micro_batch: int, length: int, shards: int = 1
+    recipe: Recipe,
+    config: Architecture,
+    *,
+    dtype: str,
+    tokens_per_micro_batch: int,
+    length: int,
+    shards: int = 1,
+    continued: LoraSettings | None = None,
 ) -> Estimate:
     """Estimate the memory of training on one device.
 
@@ -60,13 +75,15 @@ def estimate(
         tokens_per_micro_batch: Tokens of one forward pass.
         length: Tokens of its longest sequence.
         shards: Processes that share one state of the optimizer, whole tensors each.
+        continued: The adapter that is trained further, if one is.
     """
     size = 4 if dtype == "float32" else 2
     adapter = 0
     if recipe.lora:
-        settings = recipe.lora.settings()
+        settings = settings_of(recipe.lora, continued)
         config = replace(config, tie_word_embeddings=config.tie_word_embeddings and not unties(settings, config))
-        targeted = target_names(settings.target_modules, config)
+        # An adapter that names its modules by a pattern is opened before they are known.
+        targeted = target_names(settings.target_modules or recipe.lora.target_modules, config)
         adapter = sum(map(prod, adapter_shapes(settings, config, targeted).values()))
     base = config.parameters
     trainable = adapter or base

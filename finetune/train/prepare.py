@@ -247,6 +247,7 @@ def _load(settled: Settled, *, tokens: int, largest: int, length: int) -> Load:
         largest=largest,
         length=length,
         shards=_sharding_degree(recipe, settled.world_size),
+        continued=settled.source.lora,
     )
 
 

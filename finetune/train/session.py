@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from finetune.model.save import save_hf, save_peft
 from finetune.model.tensors import as_numpy
 from finetune.model.write import read_companions
 from finetune.train.checkpoint import Checkpoint, check_finite, list_steps, open_checkpoint, rotate, write_checkpoint
-from finetune.train.estimate import quantization_of
+from finetune.train.estimate import quantization_of, settings_of
 from finetune.train.loop import Interval, RunState, train_loop
 from finetune.train.optimizer import Optimizer, trainable_parameters
 from finetune.train.prepare import Prepared
@@ -202,14 +202,7 @@ def _build_model(prepared: Prepared, start: Start):
         loaded = load_model(checkpoint.model if checkpoint else source, dtype=recipe.model.dtype, training=True)
         model = merge_lora(loaded.model) if loaded.lora is not None else loaded.model
     else:
-        settings = recipe.lora.settings()
-        if source.lora is not None:
-            settings = replace(
-                source.lora,
-                dropout=settings.dropout,
-                variant=settings.variant,
-                lora_plus_ratio=settings.lora_plus_ratio,
-            )
+        settings = settings_of(recipe.lora, source.lora)
         if source.lora is not None and checkpoint is None:
             loaded = load_model(source, dtype=recipe.model.dtype, training=True, quantization=quantization)
             model = loaded.model

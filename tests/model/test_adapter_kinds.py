@@ -6,6 +6,7 @@ tests/parity/test_adapter_parity.py has the same kinds against PEFT itself.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -230,8 +231,8 @@ def write_rows(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["patterns", "head", "saved", "biases", "dora of the ends"])
-def test_trained_further(kind, bases, tmp_path):
-    """Two steps, and again with a stop after the first: the same bits, and what is trained has moved."""
+def test_trained_further(kind, bases, tmp_path, capfd):
+    """Two steps, and again with a stop after the first: the same bits, what is trained has moved, and was counted."""
     case = Case(kind, True)
     folder = case.write(tmp_path / "a", bases[True])
     recipe = {
@@ -244,6 +245,8 @@ def test_trained_further(kind, bases, tmp_path):
     write_json(tmp_path / "r.json", recipe)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert finetune("train", str(tmp_path / "r.json"), f"training.output_dir={whole}") == 0
+    count = sum(array.size for array in case.tensors.values())
+    assert re.search(rf"trainable parameters +{count:,} of ", capfd.readouterr().err)
     for count in (1, 2):
         to = (f"training.output_dir={parts}", f"training.max_steps={count}")
         assert finetune("train", str(tmp_path / "r.json"), *to) == 0

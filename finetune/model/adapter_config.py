@@ -44,6 +44,16 @@ _FIXES = {
 # What the numbers depend on and `_parts_of_peft` reads.
 _READ = {"alpha_pattern", "bias", "modules_to_save", "rank_pattern"}
 _WAY_OUT = "Merge it in PEFT (model.merge_and_unload()), save the whole model there, and name that one."
+# Kinds of PEFT that put vectors before the tokens, or into attention, where there are no weights to merge with.
+_PROMPTS = (
+    "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "CPT",
+    "CARTRIDGE",
+    "ADAPTION_PROMPT",
+)
 _NAME = re.compile(r"\^?[\w.]+", re.ASCII)
 
 
@@ -55,8 +65,9 @@ def parse_peft_config(raw: dict[str, Any], where: Path) -> LoraSettings:
         CheckpointError: not LoRA, or a feature that would change the numbers and is not supported; all are named.
     """
     if raw.get("peft_type") != "LORA":
-        what, fix = f"peft_type is {str(raw.get('peft_type'))[:50]!r}", "Only LORA adapters are supported."
-        raise CheckpointError(what, where=str(where), fix=fix)
+        kind = str(raw.get("peft_type"))[:50]
+        fix = "Only LORA adapters are supported." + ("" if kind in ("None", *_PROMPTS) else f" {_WAY_OUT}")
+        raise CheckpointError(f"peft_type is {kind!r}", where=str(where), fix=fix)
     faults = []
     for key, value in raw.items():
         harmless = (

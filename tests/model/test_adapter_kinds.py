@@ -302,13 +302,22 @@ def test_a_vocabulary_that_grew_is_refused_with_the_way_out(bases, tmp_path):
 
 @pytest.mark.parametrize("key, value", [
     ("lora_bias", True), ("trainable_token_indices", [1]), ("layer_replication", [[0, 1]]), ("use_qalora", True),
-    ("alpha_pattern", {"layers\\.[01].*": 3}),
+    ("alpha_pattern", {"layers\\.[01].*": 3}), ("peft_type", "IA3"), ("peft_type", "LOHA"),
 ])  # fmt: skip
 def test_what_stays_refused_names_the_way_out(key, value, bases, tmp_path):
     folder = Case("patterns", True).write(tmp_path / "a", bases[True])
     config = json.loads((folder / "adapter_config.json").read_text())
     write_json(folder / "adapter_config.json", config | {key: value})
     with pytest.raises(CheckpointError, match=f"{key}.*merge_and_unload"):
+        resolve_model(folder)
+
+
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING"])
+def test_what_cannot_be_merged_names_no_way_that_is_none(kind, bases, tmp_path):
+    folder = Case("patterns", True).write(tmp_path / "a", bases[True])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    write_json(folder / "adapter_config.json", config | {"peft_type": kind})
+    with pytest.raises(CheckpointError, match=f"peft_type is '{kind}'. Only LORA adapters are supported.$"):
         resolve_model(folder)
 
 

@@ -44,7 +44,7 @@ def _arrow_blocks(batches: Iterator[Any], file: DataFile, rows: int) -> Iterator
     for batch in batches:
         # What is taken on trust otherwise: lengths and offsets, and that names are UTF-8.
         batch.validate(full=True)
-        list(_names(batch.schema))
+        _check_names(batch.schema, file)
         for start in range(0, batch.num_rows, BLOCK_ROWS):
             part = batch.slice(start, BLOCK_ROWS)
             sink = pyarrow.BufferOutputStream()
@@ -55,11 +55,19 @@ def _arrow_blocks(batches: Iterator[Any], file: DataFile, rows: int) -> Iterator
             number += part.num_rows
 
 
-def _names(fields: Iterable[Any]) -> Iterator[str]:
-    """The names of Arrow's fields, at any depth. UnicodeDecodeError: one is not UTF-8."""
+def _check_names(fields: Iterable[Any], file: DataFile) -> None:
+    """Look at the names of Arrow's fields, at any depth: of two alike a row would keep the last.
+
+    Raises:
+        UnicodeDecodeError: one is not UTF-8.
+        DataError: one stands twice beside another.
+    """
+    seen = set()
     for field in fields:
-        yield field.name
-        yield from _names(field.type.field(i) for i in range(field.type.num_fields))
+        if field.name in seen:
+            raise DataError(f"the column {field.name} stands twice", where=file.name, fix="Keep one of the two.")
+        seen.add(field.name)
+        _check_names((field.type.field(i) for i in range(field.type.num_fields)), file)
 
 
 def arrow_rows(content: bytes) -> Iterator[Any]:

@@ -137,6 +137,20 @@ def test_parquet_and_arrow_lose_the_nulls_arrow_put_in(tmp_path, kind):
         read(str(path))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_columns_that_stand_twice(tmp_path, nested):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+
+    twice = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    names = ["text", "text"]
+    if nested:
+        twice, names = [pyarrow.StructArray.from_arrays(twice, names=names), pyarrow.array(["c"])], ["row", "text"]
+    pyarrow.parquet.write_table(pyarrow.table(twice, names=names), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="a.parquet: the column text stands twice. Keep one of the two"):
+        read(str(tmp_path / "a.parquet"))
+
+
 @pytest.mark.parametrize("name", [b"messages", b"role"])
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_columns_with_names_that_are_not_utf8(tmp_path, kind, name):

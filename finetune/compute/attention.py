@@ -221,29 +221,36 @@ class _SpanAttention(PyLayer):
         heads, head_dim = query.shape[1:]
         kv_heads = key.shape[1]
         scale = np.float32(head_dim**-0.5)
-        q = _by_head(query, context.cos * scale, context.sin * scale)
-        k, v = _by_head(key, context.cos, context.sin), _by_head(value)
+        parts = (
+            _by_head(query, context.cos * scale, context.sin * scale),
+            _by_head(key, context.cos, context.sin),
+            _by_head(value),
+        )
+        q, k, v = map(cpu.array_of, parts)
         out = paddle.empty(query.shape, dtype="float32")
         bytes_kept = sum(heads * (b.stop - b.start) * b.seen * 4 for b in context.blocks)
-        kept: list[paddle.Tensor] | None = [] if bytes_kept <= KEPT_ATTENTION_BYTES else None
+        kept: list[paddle.Tensor] = []
         for block in context.blocks:
             weights = _weights(q, k, block, heads // kv_heads)
             result = paddle.matmul(weights, _tensor(_keys(v, block)))
             _scatter(cpu.array_of(result), cpu.array_of(out)[block.start : block.stop])
-            if kept is not None:
+            if bytes_kept <= KEPT_ATTENTION_BYTES:
                 kept.append(weights)
-        ctx.context, ctx.parts, ctx.kept, ctx.scale = context, (q, k, v), kept, scale
+        # As tensors: `recompute` drops what is saved so, but not what an attribute of ctx holds.
+        ctx.save_for_backward(*parts, *kept)
+        ctx.context, ctx.scale = context, scale
         ctx.frozen = [x.stop_gradient for x in (query, key, value)]
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        context, (q, k, v), scale = ctx.context, ctx.parts, ctx.scale
+        context, scale, saved = ctx.context, ctx.scale, ctx.saved_tensor()
+        (q, k, v), kept = map(cpu.array_of, saved[:3]), saved[3:]
         group = q.shape[0] // k.shape[0]
-        upstream = _by_head(grad)
+        upstream = cpu.array_of(_by_head(grad))
         dq, dk, dv = np.empty_like(q), np.zeros_like(k), np.zeros_like(v)
         for index, block in enumerate(context.blocks):
-            weights = ctx.kept[index] if ctx.kept is not None else _weights(q, k, block, group)
+            weights = kept[index] if kept else _weights(q, k, block, group)
             g = _tensor(_queries(upstream, block, group))
             scores = paddle.matmul(g, _tensor(_keys(v, block)), transpose_y=True)
             _add_keys(dv, block, paddle.matmul(weights, g, transpose_x=True))
@@ -256,14 +263,14 @@ class _SpanAttention(PyLayer):
         return tuple(None if frozen else g for frozen, g in zip(ctx.frozen, gradients))
 
 
-def _by_head(x, cos: np.ndarray | None = None, sin: np.ndarray | None = None) -> np.ndarray:
-    """[T, heads, D] tensor -> [heads, T, D] array, rotated if angles are given."""
+def _by_head(x, cos: np.ndarray | None = None, sin: np.ndarray | None = None):
+    """[T, heads, D] -> [heads, T, D], rotated if angles are given."""
     source = cpu.array_of(x.contiguous())
-    out = np.empty((source.shape[1], source.shape[0], source.shape[2]), np.float32)
+    out = paddle.empty([source.shape[1], source.shape[0], source.shape[2]], dtype="float32")
     if cos is None or sin is None:
-        out[...] = source.transpose(1, 0, 2)
+        cpu.array_of(out)[...] = source.transpose(1, 0, 2)
     else:
-        cpu.rotate(source, cos, sin, out.transpose(1, 0, 2))
+        cpu.rotate(source, cos, sin, cpu.array_of(out).transpose(1, 0, 2))
     return out
 
 

@@ -126,6 +126,7 @@ class HeadLogps(PyLayer):
             nll, d_logits = _nll_to_gradient(logits, index)
             out.append(-nll)
             gradients.add(rows, d_logits)
+            del logits, d_logits  # before the next chunk's are made beside them
         ctx.save_for_backward(*(gradients.of_hidden(),) if ahead else (hidden, weight, targets))
         return paddle.concat(out) if out else paddle.zeros([0], dtype="float32")
 
@@ -164,6 +165,7 @@ class HeadNll(PyLayer):
             nll, d_logits = _nll_to_gradient(logits, index)
             total += nll.sum()
             gradients.add(rows, d_logits)
+            del logits, d_logits  # before the next chunk's are made beside them
         ctx.trained, ctx.wants = trained, wants(hidden, weight)
         if with_gradient:
             ctx.save_for_backward(gradients.of_hidden(), gradients.of_weight)

@@ -83,3 +83,24 @@ def test_a_model_set_up_for_spans_refuses_to_be_called_without(tiny_folder):
     prepare_layers(model)
     with pytest.raises(ValueError, match="load it again"):
         model(input_ids=paddle.ones([1, 4], dtype="int64"))
+
+
+@pytest.mark.parametrize("limit", [2**20, 0], ids=["weights kept", "none kept"])
+def test_all_that_is_kept_for_the_backward_pass_can_be_dropped(limit, monkeypatch):
+    """Recompute drops what it sees through saved_tensors_hooks; what an attribute holds would stay."""
+    paddle = bring_up()
+    from finetune.compute import attention
+    from finetune.compute.layout import Span
+
+    monkeypatch.setattr(attention, "KEPT_ATTENTION_BYTES", limit)
+    draw = np.random.default_rng(6).standard_normal
+    inputs = [paddle.to_tensor(draw((10, heads, 8)).astype(np.float32)) for heads in (4, 2, 2)]
+    for tensor in inputs:
+        tensor.stop_gradient = False
+    angles = draw((10, 4)).astype(np.float32)
+    context = attention.Context([Span(0, 7), Span(7, 10)], np.cos(angles), np.sin(angles))
+    kept = []
+    with paddle.autograd.saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)), lambda dropped: dropped):
+        attention.attend(*inputs, context)
+    weights = [(2, 2 * 7, 7), (2, 2 * 3, 3)] if limit else []
+    assert kept == [(4, 10, 8), (2, 10, 8), (2, 10, 8), *weights]
